@@ -1,0 +1,120 @@
+"""The whole contract between a pass and a graph.
+
+A pass sees a `Graph` and the ops of `fuser.ops`; it never learns which framework is underneath.  Reading never
+changes anything.  Each editing verb leaves the graph valid, and none edits a constant in place: a tensor that
+two call sites share is safe by construction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
+
+import numpy as np
+
+from fuser.ops import Op, Value
+from fuser.remarks import Missed
+
+Array: TypeAlias = np.ndarray[Any, Any]
+Dim: TypeAlias = int | str | None
+"""A size, the name of a dynamic dimension (equal names are equal sizes), or not known."""
+
+O = TypeVar("O", bound=Op)  # noqa: E741
+
+
+class Reader(NamedTuple):
+    """Who reads a value: a name for a person, and the op where the vocabulary has one."""
+
+    name: str
+    op: Op | None
+
+
+@dataclass
+class Summary:
+    """What a graph is made of.  `ops` counts node types under the names its users know; `bytes` counts the
+    constants as they are stored, each shared tensor once."""
+
+    ops: dict[str, int] = field(default_factory=dict)
+    parameters: int = 0
+    bytes: int = 0
+
+
+class Graph(Protocol):
+    """A torch.fx graph or an ONNX model, seen through the vocabulary."""
+
+    host: str
+    """"onnx" or "torch"; a pass may name the hosts it is meant for."""
+    edits: int
+    """How many edits have been made: the pipeline audits it against what the passes say they did."""
+
+    # -- reading
+
+    def ops(self, kind: type[O]) -> Iterator[O]:
+        """The ops of one kind, in topological order, subgraphs and functions included.
+
+        Each is read when it is reached, so a pass may edit between two steps.
+        """
+        ...
+
+    def op_producing(self, value: Value) -> Op | None:
+        """The op that makes `value`; None for inputs, constants and what the vocabulary has no word for."""
+        ...
+
+    def readers(self, value: Value) -> Sequence[Reader]:
+        """Every reader: outputs of the graph and captures by subgraphs included, one entry for each use."""
+        ...
+
+    def constant(self, value: Value) -> Array | Missed:
+        """The value as an array, or why it is not known before run time.
+
+        Codes: `not-constant`, `overridable` (an initializer the caller may replace), `quantized` (behind a
+        DequantizeLinear).  The array is read-only; bfloat16 and the like come as ml_dtypes.
+        """
+        ...
+
+    def shape(self, value: Value) -> tuple[Dim, ...] | None:
+        """What is known of the shape; never guessed.  None: not even the rank is known."""
+        ...
+
+    def rank(self, value: Value) -> int | None:
+        """The number of axes where it is proven (a BatchNorm2d proves four), else None."""
+        ...
+
+    def can_vanish(self, op: Op, by: Value) -> bool:
+        """Whether `replace(op, by)` leaves no node behind; it must where both values are named in a signature."""
+        ...
+
+    def describe(self, x: Op | Value) -> str:
+        """A name under which a person finds it in their model; unique within the model for an op."""
+        ...
+
+    def summary(self) -> Summary:
+        """Node counts, parameters and bytes."""
+        ...
+
+    # -- editing
+
+    def set_constants(self, op: Op, **arrays: Array) -> None:
+        """Give this call site new constants, by the names of the op's fields (`weight`, `bias`, ...).
+
+        New names, and nobody else's change.  An absent operand is added.  A `Linear` is left with
+        alpha = beta = 1.  Each array has the dtype that is to be stored.
+        """
+        ...
+
+    def replace(self, op: Op, by: Value) -> None:
+        """Readers of the op's output read `by` instead; the op is gone.  The signature keeps its names."""
+        ...
+
+    def replace_with_constant(self, op: Op) -> None:
+        """Put the value of a `Constant` op in its place; only the graph knows how it was computed."""
+        ...
+
+    def erase(self, op: Op) -> None:
+        """Drop an op that nobody reads."""
+        ...
+
+    def commit(self) -> None:
+        """Drop what the edits orphaned and check that the graph is valid; raises ValueError if it is not."""
+        ...

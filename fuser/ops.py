@@ -1,0 +1,161 @@
+"""The vocabulary: one frozen dataclass for each *meaning*, whatever graph or dialect it was read from.
+
+`Conv` is an `nn.Conv2d` of a traced module, a functional call, an aten operator or an ONNX node.  An op is a
+reading: it says what a node means, and holds until the next edit of the graph.  Values are the graph's own
+handles, compared with `is`; only the graph can look inside.  A `None` value is an operand that is not there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+Value: TypeAlias = Any
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """A node and the value it produces.
+
+    node: the graph's own handle, for its editing verbs; passes do not look inside.
+    output: the value produced.
+    hooked: user code watches or reparametrizes this very call (forward hooks, parametrizations), so it may
+        not be changed.
+    """
+
+    node: Any = field(repr=False)
+    output: Value
+    hooked: bool = field(default=False, kw_only=True, repr=False)
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(Op):
+    """y = conv(input, weight) + bias over axis 1 of [N, Cin, *spatial]; transposed convolutions included.
+
+    weight: [Cout, Cin/groups, *kernel], or [Cin, Cout/groups, *kernel] when transposed.
+    padding: zeros added (before, after) each spatial axis; None when it depends on the input's size or is
+        not made of zeros.
+    """
+
+    input: Value
+    weight: Value
+    bias: Value | None
+    groups: int = 1
+    transposed: bool = False
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Linear(Op):
+    """y = alpha * (input @ weight) + beta * bias, where the weight is a matrix.
+
+    weight: [out, in] when `out_axis` is 0, [in, out] when it is 1.
+    bias: broadcast against the output; [out] in most models.
+    in_axis: the axis of the input that is summed over; -1, or 0 for a Gemm with transA.
+    The features come out on the last axis.
+    """
+
+    input: Value
+    weight: Value
+    bias: Value | None
+    out_axis: int = 0
+    in_axis: int = -1
+    alpha: float = 1.0
+    beta: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class BatchNorm(Op):
+    """y = (input - mean) / sqrt(var + epsilon) * scale + bias along axis 1; parameters are [C].
+
+    scale and bias are None where the layer has no affine part; mean and var are None where it has no running
+    statistics.  per_channel is False for the BatchNormalization-7 with `spatial=0`, which keeps statistics for
+    each element.
+    """
+
+    input: Value
+    scale: Value | None
+    bias: Value | None
+    mean: Value | None
+    var: Value | None
+    epsilon: float
+    training: bool = False
+    per_channel: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Elementwise(Op):
+    """y = left `function` right with the broadcasting of numpy; function is one of + - * /."""
+
+    function: str
+    left: Value
+    right: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Op):
+    """y = input: Identity, Dropout in eval mode, a Cast to the type it has."""
+
+    input: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Reshape(Op):
+    """y has the elements of `input` in the same order in another shape: Flatten, Squeeze, Unsqueeze too."""
+
+    input: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Transpose(Op):
+    """Axis i of y is axis permutation[i] of `input`."""
+
+    input: Value
+    permutation: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Concat(Op):
+    """y = the inputs, one after another along `axis` (never negative)."""
+
+    inputs: tuple[Value, ...]
+    axis: int
+
+
+@dataclass(frozen=True, eq=False)
+class AveragePool(Op):
+    """y = the mean over windows of the spatial axes (2 and up) of [N, C, *spatial]; global pooling too.
+
+    pads_counted: some windows average over padding zeros, so y of a constant is not that constant.
+    """
+
+    input: Value
+    pads_counted: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantize(Op):
+    """y = (input - zero_point) * scale; per channel along `axis`, or with one scale where `axis` is None."""
+
+    input: Value
+    scale: Value
+    zero_point: Value | None
+    axis: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class Constant(Op):
+    """A node whose inputs are all known before run time, so that its output is too.
+
+    elements_in, elements_out: how many elements it reads and makes.
+    """
+
+    elements_in: int
+    elements_out: int
+
+
+@dataclass(frozen=True, eq=False)
+class Dead(Op):
+    """A node without side effects whose outputs nobody reads."""

@@ -1,0 +1,146 @@
+"""What a run did, for a person and for a script: remarks, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from io import StringIO
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fuser.graph import Summary
+from fuser.pipeline import Outcome, PassRun
+from fuser.remarks import Remark
+
+
+@dataclass
+class Report:
+    """The story of one run.
+
+    model: what was optimized, as a person would call it.
+    before, after: node counts, parameters and bytes.
+    applied, missed: one remark for each candidate.
+    verification: figures of the equivalence check, None where none was made; `unverified` says why not.
+    warnings: what a person should know even if all went well.
+    seconds: wall time by stage.
+    written: the files that were written.
+    """
+
+    model: str
+    host: str
+    before: Summary
+    after: Summary
+    passes: list[PassRun] = field(default_factory=list)
+    applied: list[Remark] = field(default_factory=list)
+    missed: list[Remark] = field(default_factory=list)
+    rounds: int = 0
+    verification: Any = None
+    unverified: str = ""
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    written: list[str] = field(default_factory=list)
+
+    def take(self, outcome: Outcome, after: Summary) -> None:
+        """Tell the story of `outcome`; what was told of an earlier attempt is forgotten."""
+        self.passes, self.rounds, self.after = outcome.runs, outcome.rounds, after
+        self.applied, self.missed = outcome.applied, outcome.missed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in JSON's types."""
+        return {
+            "model": self.model,
+            "host": self.host,
+            "before": asdict(self.before),
+            "after": asdict(self.after),
+            "passes": [asdict(run) for run in self.passes],
+            "rounds": self.rounds,
+            "applied": [remark.to_dict() for remark in self.applied],
+            "missed": [remark.to_dict() for remark in self.missed],
+            "verification": self.verification.to_dict() if self.verification is not None else None,
+            "unverified": self.unverified,
+            "warnings": self.warnings,
+            "seconds": self.seconds,
+            "written": self.written,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, default=str)
+
+    def render(self, *, verbose: bool = False) -> RenderableType:
+        """Tables for a terminal; `verbose` adds a line for each candidate."""
+        parts: list[RenderableType] = [self._passes_table(), self._change_table()]
+        if verbose:
+            parts += [Text(str(remark)) for remark in (*self.applied, *self.missed)]
+        elif self.missed:
+            parts.append(self._missed_table())
+        parts += [Text(line) for line in self.conclusion()]
+        return Group(*parts)
+
+    def conclusion(self) -> Iterator[str]:
+        """The plain lines at the end."""
+        yield from (f"warning: {warning}" for warning in self.warnings)
+        if not self.applied:
+            yield self._nothing()
+        overridable = sum(remark.code == "overridable" for remark in self.missed)
+        if overridable:
+            yield (
+                f"{overridable} candidates are held back because their weights are also graph inputs (overridable): "
+                f"--freeze-inputs makes those inputs constant, folds them, and removes them from the signature."
+            )
+        if self.verification is not None:
+            yield f"verified: {self.verification}"
+        elif self.unverified:
+            yield f"not verified: {self.unverified}"
+        yield from (f"wrote {path}" for path in self.written)
+
+    def __str__(self) -> str:
+        console = Console(file=StringIO(), width=110, color_system=None)
+        console.print(self.render())
+        return console.file.getvalue().rstrip()  # type: ignore[attr-defined, no-any-return]
+
+    def _nothing(self) -> str:
+        if not self.missed:
+            return "0 rewrites: nothing in this model is a candidate; an exporter or another tool may have folded it already."
+        return f"0 rewrites: {len(self.missed)} candidates were looked at, and each has its reason above."
+
+    def _passes_table(self) -> Table:
+        table = Table("pass", "contract", title=self.model, title_justify="left", box=None, pad_edge=False)
+        for name in ("applied", "missed", "seconds"):
+            table.add_column(name, justify="right")
+        for run in self.passes:
+            if run.applied or run.missed:
+                table.add_row(run.name, run.contract, str(run.applied), str(run.missed), f"{run.seconds:.2f}")
+        return table
+
+    def _change_table(self) -> Table:
+        table = Table("", box=None, pad_edge=False)
+        for name in ("before", "after", "change"):
+            table.add_column(name, justify="right")
+        totals = sum(self.before.ops.values()), sum(self.after.ops.values())
+        rows = [("nodes", *totals)]
+        for op in sorted({*self.before.ops, *self.after.ops}):
+            counts = self.before.ops.get(op, 0), self.after.ops.get(op, 0)
+            if counts[0] != counts[1]:
+                rows.append((f"  {op}", *counts))
+        rows += [
+            ("parameters", self.before.parameters, self.after.parameters),
+            ("bytes of constants", self.before.bytes, self.after.bytes),
+        ]
+        for name, before, after in rows:
+            table.add_row(name, f"{before:,}", f"{after:,}", f"{after - before:+,}" if after != before else "")
+        return table
+
+    def _missed_table(self) -> Table:
+        table = Table("missed", "pass", "first of them", "why", box=None, pad_edge=False)
+        counts = Counter((remark.pass_name, remark.code) for remark in self.missed)
+        first = {(remark.pass_name, remark.code): remark for remark in reversed(self.missed)}
+        for key, count in counts.most_common():
+            remark = first[key]
+            why = f"{remark.reason}; {remark.remedy}" if remark.remedy else remark.reason
+            table.add_row(f"{count} {remark.code}", remark.pass_name, remark.site, why)
+        return table
