@@ -1,0 +1,158 @@
+"""The natural way through the house: open, rewrite, prove, finish, tell.
+
+import fuser
+
+fuser.optimize("model.onnx", "model.fused.onnx")        # a file
+fuser.optimize(model_proto).model                       # the same kind out as in, whatever the kind
+fuser.optimize(module, example_inputs=(x,)).model       # a module, before its export
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fuser import registry
+from fuser.errors import InputError
+from fuser.job import Job, Passes, Progress
+from fuser.registry import PassInfo
+from fuser.report import Report
+from fuser.rewrite import Contract
+from fuser.sources import open_source
+
+if TYPE_CHECKING:
+    from fuser.proof import Verification
+
+
+@dataclass
+class Result:
+    """An optimized model, of the kind that was given (for a path: the path that was written), and the story."""
+
+    model: Any
+    report: Report
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def optimize(
+    model: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    passes: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    freeze_inputs: bool = False,
+    shared_weights: str = "copy",
+    verify: bool = True,
+    on_failure: str = "rollback",
+    inputs: Any = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    layout: str = "auto",
+    progress: Progress | None = None,
+) -> Result:
+    """Optimize `model`; the same kind comes out as went in, and what went in is not changed.
+
+    Args:
+        model: the path of an .onnx file, an onnx.ModelProto, a gs.Graph, a torch.nn.Module, a
+            torch.fx.GraphModule or a torch.export.ExportedProgram.  A module goes through torch.export where
+            `example_inputs` are given, and is traced where they are not.
+        output: where an ONNX model is written; for a path, `IN.fused.onnx` when omitted.
+        example_inputs, example_kwargs, dynamic_shapes: as for `torch.export.export`.
+        passes, skip: names of passes to run, in this order, and not to run; all by default.
+        freeze_inputs: treat initializers that are also graph inputs as constants, and drop those inputs.
+        shared_weights: "copy" gives a rewritten layer its own copy of a weight that others use, "refuse" leaves
+            such layers alone.
+        verify: check the result against the original; what fails is never returned or written.
+        on_failure: "rollback" finds the rewrites at fault, leaves them out and keeps the rest; "abort" raises.
+        inputs, input_shapes: data or shapes for the check; by default they are generated.
+        layout: "auto", "single" (weights inside the file) or "external" (beside it).
+        progress: called with a few words when a stage begins.
+
+    Raises:
+        InputError: the model or an option is not usable.
+        VerificationError: the result is not equivalent, and no rewrite could be left out to mend that.
+        PassError: the passes undo each other's work for ever.
+    """
+    _one_of("on_failure", on_failure, ("rollback", "abort"))
+    _one_of("layout", layout, ("auto", "single", "external"))
+    chosen = _select(passes, skip, shared_weights)
+    source = open_source(
+        model,
+        output,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
+        dynamic_shapes=dynamic_shapes,
+        freeze_inputs=freeze_inputs,
+        layout=layout,
+    )
+
+    def check(candidate: Any, contract: Contract) -> Verification:
+        from fuser import proof
+
+        return proof.verify(
+            source.original,
+            candidate,
+            example_inputs=example_inputs,
+            inputs=inputs,
+            input_shapes=input_shapes,
+            contract=contract.value,
+            removed_inputs=source.removable_inputs,
+        )
+
+    with source:
+        job = Job(source, chosen, progress)
+        job.rewrite()
+        if verify:
+            job.prove(check, abort=on_failure == "abort")
+        return Result(job.finish(), job.report)
+
+
+def explain(
+    model: Any,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    passes: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    freeze_inputs: bool = False,
+    shared_weights: str = "copy",
+    progress: Progress | None = None,
+) -> Report:
+    """What `optimize` would do, and why not elsewhere; nothing is verified or written.
+
+    Takes the arguments of `optimize`, and raises `InputError` and `PassError` as it does.
+    """
+    chosen = _select(passes, skip, shared_weights)
+    with open_source(
+        model,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
+        dynamic_shapes=dynamic_shapes,
+        freeze_inputs=freeze_inputs,
+    ) as source:
+        job = Job(source, chosen, progress)
+        job.rewrite()
+        return job.report
+
+
+def list_passes() -> list[PassInfo]:
+    """The registered passes, in the order in which they run."""
+    return list(registry.load().passes)
+
+
+def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: str) -> Passes:
+    _one_of("shared_weights", shared_weights, ("copy", "refuse"))
+    if isinstance(passes, str) or isinstance(skip, str):
+        raise InputError("passes and skip are lists of names")
+    return registry.load().select(passes, skip, shared_weights=shared_weights)
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise InputError(f"{name} is one of {', '.join(allowed)}; not {value!r}")

@@ -1,0 +1,194 @@
+"""The command line: what to call, what to print, how to exit.  Exit codes: 0 done, 1 a check failed, 2 bad input."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fuser.errors import FuserError, InputError
+
+app = typer.Typer(
+    name="fuser",
+    help="Optimize ONNX models with verified graph rewrites; say what was done, and why not elsewhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+In = Annotated[Path, typer.Argument(metavar="IN", help="An .onnx file.")]
+Out = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Default: IN with the suffix .fused.onnx.")]
+Passes = Annotated[str | None, typer.Option("--passes", metavar="A,B", help="Only these passes, in this order.")]
+Skip = Annotated[str | None, typer.Option("--skip", metavar="A,B", help="All passes but these.")]
+Freeze = Annotated[
+    bool, typer.Option("--freeze-inputs", help="Make weights that are also graph inputs constant; drop those inputs.")
+]
+Shared = Annotated[
+    str, typer.Option("--shared-weights", metavar="copy|refuse", help="What to do with a shared weight.")
+]
+
+
+@app.command()
+def optimize(
+    model: In,
+    output: Out = None,
+    passes: Passes = None,
+    skip: Skip = None,
+    freeze_inputs: Freeze = False,
+    shared_weights: Shared = "copy",
+    plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; write nothing.")] = False,
+    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check equivalence before writing.")] = True,
+    on_failure: Annotated[
+        str, typer.Option("--on-failure", metavar="rollback|abort", help="When the result is not equivalent.")
+    ] = "rollback",
+    input_shape: Annotated[
+        list[str] | None, typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="For the check; repeatable.")
+    ] = None,
+    inputs: Annotated[
+        Path | None, typer.Option("--inputs", metavar="FILE", help="Data for the check: .npz, .npy, test_data_set_0/.")
+    ] = None,
+    layout: Annotated[
+        str, typer.Option("--layout", metavar="auto|single|external", help="Weights inside the file or beside it.")
+    ] = "auto",
+    report: Annotated[Path | None, typer.Option("--report", metavar="FILE.json", help="Write the whole story.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each candidate.")] = False,
+) -> None:
+    """Optimize IN, check that the result is equivalent, and write it to OUT."""
+    from fuser import api
+
+    _writable(report)
+    with _progress(quiet) as progress:
+        common: dict[str, Any] = {
+            "passes": _names(passes),
+            "skip": _names(skip) or (),
+            "freeze_inputs": freeze_inputs,
+            "shared_weights": shared_weights,
+            "progress": progress,
+        }
+        if plan:
+            story = api.explain(model, **common)
+        else:
+            story = api.optimize(
+                model,
+                output,
+                verify=verify,
+                on_failure=on_failure,
+                input_shapes=_shapes(input_shape),
+                inputs=inputs,
+                layout=layout,
+                **common,
+            ).report
+    if report is not None:
+        report.write_text(story.to_json())
+    if not quiet:
+        out.print(story.render(verbose=verbose))
+        if plan:
+            out.print("a plan: nothing was written")
+
+
+@app.command()
+def explain(
+    model: In,
+    passes: Passes = None,
+    skip: Skip = None,
+    freeze_inputs: Freeze = False,
+    shared_weights: Shared = "copy",
+    json: Annotated[bool, typer.Option("--json", help="The whole story as JSON.")] = False,
+) -> None:
+    """One line for each candidate in IN: applied, or missed with the code, the reason and the remedy."""
+    from fuser import api
+
+    with _progress(quiet=json) as progress:
+        story = api.explain(
+            model,
+            passes=_names(passes),
+            skip=_names(skip) or (),
+            freeze_inputs=freeze_inputs,
+            shared_weights=shared_weights,
+            progress=progress,
+        )
+    if json:
+        print(story.to_json())
+        return
+    for remark in (*story.applied, *story.missed):
+        print(remark)
+    print(f"{len(story.applied)} would be applied, {len(story.missed)} missed; nothing was written")
+
+
+@app.command("passes")
+def list_passes() -> None:
+    """The registered passes, in the order in which they run."""
+    from fuser import registry
+
+    found = registry.load()
+    table = Table("pass", "contract", "hosts", "from", "what it does", box=None, pad_edge=False)
+    for info in found.passes:
+        table.add_row(info.name, info.cls.contract.value, ", ".join(info.cls.hosts), info.owner, info.summary)
+    out.print(table)
+    for broken in found.broken:
+        err.print(f"warning: the pass {broken.name} of {broken.owner} cannot be used: {broken.reason}", markup=False)
+
+
+def main() -> None:
+    """The console script."""
+    try:
+        app()
+    except FuserError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+    except BrokenPipeError:  # the reader of our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        if os.environ.get("FUSER_DEBUG"):
+            raise
+        _fail(f"unexpected {type(error).__name__}: {error} (FUSER_DEBUG=1 shows where)", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    err.print(f"error: {' '.join(message.split())}", style="red", markup=False, highlight=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _names(text: str | None) -> list[str] | None:
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]] | None:
+    """`name:1,3,224,224` as a dict; the name may hold colons."""
+    shapes = {}
+    for text in texts or ():
+        name, _, dims = text.rpartition(":")
+        sizes = dims.split(",") if dims else []
+        if not name or not all(size.strip().isdigit() for size in sizes):
+            raise InputError(f"--input-shape takes NAME:1,3,224,224, not {text!r}")
+        shapes[name] = tuple(int(size) for size in sizes)
+    return shapes or None
+
+
+def _writable(path: Path | None) -> None:
+    """Complain before the work, not after it."""
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise InputError(f"cannot write {path}")
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], None] | None]:
+    """A line that says what is going on, on a terminal; nothing in a pipe."""
+    if quiet or not err.is_terminal:
+        yield None
+        return
+    with err.status("reading") as status:
+        yield lambda stage: status.update(stage)

@@ -1,0 +1,83 @@
+"""External data: the files beside a model that hold its tensors, and the paths that are refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from fuser.errors import InputError
+from fuser.files.sources import File
+
+
+class DataFiles:
+    """The data files of a model, by location.  One is open at a time, so that thousands are no matter.
+
+    Data lies in the first of `folders` that has it.  A location that leads out of all of them, by `..`, as an
+    absolute path or over a symbolic link, is refused: a model from elsewhere must not read other files.
+    """
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self._folders = list(dict.fromkeys(folders))
+        self._files: dict[str, DataFile] = {}
+        self._open: File | None = None
+
+    def find(self, location: str, tensor: str) -> DataFile:
+        """The data file at `location`.  Raises `InputError`, which names `tensor`."""
+        if location not in self._files:
+            path = self._path(location, tensor)
+            self._files[location] = DataFile(self, path)
+        return self._files[location]
+
+    def open(self, path: Path) -> File:
+        """The file at `path`, found before; an earlier one may be closed."""
+        if self._open is None or self._open.path != path:
+            self._open = File(path)
+        return self._open
+
+    def identities(self) -> set[tuple[int, int]]:
+        """(device, inode) of every data file found so far."""
+        return {(file.identity.device, file.identity.inode) for file in self._files.values()}
+
+    def _path(self, location: str, tensor: str) -> Path:
+        if not self._folders:
+            raise InputError(
+                f"the data of tensor {tensor!r} is in the file {location!r}: say in which folder (base_dir)"
+            )
+        for pure in (PurePosixPath(location), PureWindowsPath(location)):
+            if pure.is_absolute() or pure.drive or pure.root or ".." in pure.parts:
+                raise InputError(f"the data of tensor {tensor!r} lies outside the model's folder: {location!r}")
+        if not location or "\0" in location:
+            raise InputError(f"the data of tensor {tensor!r} is in a file without a usable name: {location!r}")
+        inside = [os.path.realpath(folder) for folder in self._folders]
+        for folder in self._folders:
+            path = os.path.realpath(folder / location)
+            if os.path.lexists(path):
+                if not any(os.path.commonpath([path, home]) == home for home in inside):
+                    raise InputError(
+                        f"the data of tensor {tensor!r} lies outside the model's folder: {location!r} leads to {path!r}"
+                    )
+                return Path(path)
+        raise InputError(f"the data of tensor {tensor!r} is missing: no file {location!r} in {self._folders[0]}")
+
+
+class DataFile:
+    """One data file: a `Source` that opens it when it is read."""
+
+    def __init__(self, files: DataFiles, path: Path) -> None:
+        self._files, self._path = files, path
+        self.identity = files.open(path).identity
+        self.size = self.identity.size
+
+    @property
+    def fd(self) -> int | None:
+        return self._file().fd
+
+    def readinto(self, view: memoryview, offset: int) -> None:
+        self._file().readinto(view, offset)
+
+    def _file(self) -> File:
+        file = self._files.open(self._path)
+        if file.identity != self.identity:
+            raise InputError(f"{self._path} was changed by somebody else while it was in use; run again")
+        return file

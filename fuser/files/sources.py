@@ -1,0 +1,200 @@
+"""Where the bytes of large tensors lie: in a file, in a temporary file without a name, in the caller's memory."""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import onnx
+
+from fuser.errors import InputError
+from fuser.files.tensors import Bytes
+
+WINDOW = 64 * 1024  # what one look into a file reads
+
+
+class Source(Protocol):
+    """Bytes that can be read in part."""
+
+    @property
+    def fd(self) -> int | None:
+        """The file they are in, so that the kernel can copy them; None for memory."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def readinto(self, view: memoryview, offset: int) -> None:
+        """Fill `view` with the bytes from `offset` on.  Raises `InputError` when they cannot be had."""
+
+
+class Blob:
+    """`length` bytes of `source` from `offset` on."""
+
+    __slots__ = ("length", "offset", "source")
+
+    def __init__(self, source: Source, offset: int, length: int) -> None:
+        self.source, self.offset, self.length = source, offset, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Equal for blobs that are the same bytes of the same source."""
+        return id(self.source), self.offset, self.length
+
+    def array(self) -> Bytes:
+        """The bytes, read afresh."""
+        out = np.empty(self.length, np.uint8)
+        if self.length:
+            self.source.readinto(out.data, self.offset)
+        return out
+
+
+class Identity(NamedTuple):
+    """What tells a file on disk from another, and from itself after a change."""
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Identity:
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+class File:
+    """An open file, read by position; it stays readable when its name is given to another file.
+
+    Positioned reads, not a memory map: mapped pages count as resident, and a file that shrinks under a map kills
+    the process.
+    """
+
+    fd: int | None
+
+    def __init__(self, path: Path) -> None:
+        self.fd = None
+        self.path = path
+        try:
+            # O_NONBLOCK: opening a pipe must not wait for its writer.
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
+            status = os.fstat(self.fd)
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+            raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{path} is a folder; name the model file in it")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is not a regular file")
+        self.identity = Identity.of(status)
+        self.size = status.st_size
+        self._window, self._base = b"", 0
+
+    def __del__(self) -> None:
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+    def check_unchanged(self) -> None:
+        """Raise `InputError` when somebody wrote into the file since it was opened."""
+        assert self.fd is not None
+        if Identity.of(os.fstat(self.fd)) != self.identity:
+            raise InputError(f"{self.path} was changed by somebody else while it was in use; run again")
+
+    def readinto(self, view: memoryview, offset: int) -> None:
+        assert self.fd is not None
+        try:
+            while view:
+                count = os.preadv(self.fd, [view], offset)
+                if not count:
+                    raise InputError(f"{self.path} became shorter while it was in use; run again")
+                view, offset = view[count:], offset + count
+        except OSError as error:
+            raise InputError(f"cannot read {self.path}: {error.strerror}") from None
+
+    def window(self, position: int) -> tuple[bytes, int]:
+        if not self._base <= position <= self._base + len(self._window) - 20:
+            self._window = self._pread(position, min(position + WINDOW, self.size))
+            self._base = position
+        return self._window, self._base
+
+    def read(self, start: int, end: int) -> bytes:
+        first, last = start - self._base, end - self._base
+        if first >= 0 and last <= len(self._window):
+            return self._window[first:last]
+        return self._pread(start, end)
+
+    def _pread(self, start: int, end: int) -> bytes:
+        data = bytearray(end - start)
+        self.readinto(memoryview(data), start)
+        return bytes(data)
+
+
+class Spool:
+    """A temporary file without a name: nothing is left of it when the process ends, however it ends.
+
+    It lies in $TMPDIR, else in /var/tmp (for large temporary files; /tmp is memory on many systems).
+    """
+
+    fd: int | None
+
+    def __init__(self) -> None:
+        folder = os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else None)
+        try:
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - lives as long as we do
+        except OSError as error:
+            raise InputError(
+                f"cannot make a temporary file for new weights: {error.strerror}; set TMPDIR to a writable folder"
+            ) from None
+        self.fd = self._file.fileno()
+        self.size = 0
+
+    def append(self, data: Bytes) -> int:
+        """Add bytes at the end; where they start."""
+        assert self.fd is not None
+        start, view = self.size, data.data
+        try:
+            while view:
+                count = os.pwrite(self.fd, view, self.size)
+                view, self.size = view[count:], self.size + count
+        except OSError as error:
+            raise InputError(
+                f"cannot keep new weights in a temporary file: {error.strerror}; set TMPDIR to a folder with space"
+            ) from None
+        return start
+
+    def readinto(self, view: memoryview, offset: int) -> None:
+        assert self.fd is not None
+        while view:
+            count = os.preadv(self.fd, [view], offset)
+            view, offset = view[count:], offset + count
+
+
+class Borrowed:
+    """The raw data of a tensor that belongs to the caller; it is read, never changed."""
+
+    fd = None
+
+    def __init__(self, tensor: onnx.TensorProto) -> None:
+        self._tensor = tensor
+        self.size = len(tensor.raw_data)
+
+    def readinto(self, view: memoryview, offset: int) -> None:
+        view[:] = self._tensor.raw_data[offset : offset + len(view)]
+
+
+class Inline:
+    """Bytes of a serialized message."""
+
+    fd = None
+
+    def __init__(self, data: bytes) -> None:
+        self._data, self.size = data, len(data)
+
+    def readinto(self, view: memoryview, offset: int) -> None:
+        view[:] = self._data[offset : offset + len(view)]

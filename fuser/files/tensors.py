@@ -1,0 +1,152 @@
+"""The data types of ONNX tensors: stored bytes to numpy arrays and back.
+
+Types that numpy lacks come from ml_dtypes.  Types of fewer than eight bits are packed, the first element in the
+lowest bits.  Source: https://onnx.ai/onnx/technical/
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from fuser.errors import InputError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class Format(NamedTuple):
+    """How the elements of one ONNX data type are stored, little-endian."""
+
+    dtype: np.dtype[Any]
+    bits: int
+
+
+_NUMPY = {
+    "FLOAT": "float32",
+    "DOUBLE": "float64",
+    "FLOAT16": "float16",
+    "BFLOAT16": "bfloat16",
+    "FLOAT8E4M3FN": "float8_e4m3fn",
+    "FLOAT8E4M3FNUZ": "float8_e4m3fnuz",
+    "FLOAT8E5M2": "float8_e5m2",
+    "FLOAT8E5M2FNUZ": "float8_e5m2fnuz",
+    "FLOAT8E8M0": "float8_e8m0fnu",
+    "FLOAT4E2M1": "float4_e2m1fn",
+    "BOOL": "bool",
+    "INT2": "int2",
+    "INT4": "int4",
+    "INT8": "int8",
+    "INT16": "int16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT2": "uint2",
+    "UINT4": "uint4",
+    "UINT8": "uint8",
+    "UINT16": "uint16",
+    "UINT32": "uint32",
+    "UINT64": "uint64",
+    "COMPLEX64": "complex64",
+    "COMPLEX128": "complex128",
+}
+_PACKED_BITS = {"FLOAT4E2M1": 4, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
+
+
+def _formats() -> dict[int, Format]:
+    """Every type that the installed onnx and ml_dtypes both know."""
+    known = {}
+    for name, numpy_name in _NUMPY.items():
+        scalar = getattr(ml_dtypes, numpy_name, None) or getattr(np, numpy_name.replace("bool", "bool_"), None)
+        if scalar is not None and name in onnx.TensorProto.DataType.keys():  # noqa: SIM118 - an enum, not a dict
+            dtype = np.dtype(scalar)
+            known[onnx.TensorProto.DataType.Value(name)] = Format(dtype, _PACKED_BITS.get(name, dtype.itemsize * 8))
+    return known
+
+
+FORMATS = _formats()
+DATA_TYPES = {format.dtype: data_type for data_type, format in FORMATS.items()}
+
+
+def stored_size(tensor: onnx.TensorProto) -> int:
+    """The bytes of a tensor's raw data.  Raises `InputError` for a negative dimension or a type without such."""
+    dims: list[int] = list(tensor.dims)
+    if min(dims, default=0) < 0:
+        raise InputError(f"tensor {tensor.name!r} has a negative dimension: {dims}; the file is corrupt")
+    format = FORMATS.get(tensor.data_type)
+    if format is None:
+        found = _type_name(tensor.data_type)
+        raise InputError(f"tensor {tensor.name!r} has raw data of a type that this version cannot read: {found}")
+    return (math.prod(dims) * format.bits + 7) // 8
+
+
+def check_filled(tensor: onnx.TensorProto, length: int) -> None:
+    """Raise `InputError` unless `length` bytes are what the tensor's type and shape take."""
+    needed = stored_size(tensor)
+    if needed != length:
+        raise InputError(
+            f"tensor {tensor.name!r} of shape {list(tensor.dims)} needs {needed:,} bytes and has {length:,}; "
+            "the file is corrupt"
+        )
+
+
+def _type_name(data_type: int) -> str:
+    names = onnx.TensorProto.DataType
+    return str(names.Name(data_type)) if data_type in names.values() else f"number {data_type}"
+
+
+def decode(raw: Bytes, data_type: int, dims: Sequence[int]) -> Array:
+    """Stored bytes as an array; a view of them unless the type is packed."""
+    dtype, bits = FORMATS[data_type]
+    if bits < 8:
+        raw = _unpack(raw, bits)[: math.prod(dims)]
+        if dtype.name.startswith("int"):  # two's complement of `bits` bits, widened to eight
+            signed: Array = (raw << (8 - bits)).view(np.int8) >> (8 - bits)
+            return signed.astype(dtype).reshape(dims)
+        if dtype.name.startswith("uint"):
+            return raw.astype(dtype).reshape(dims)
+    return raw.view(dtype).reshape(dims)
+
+
+def inline_array(tensor: onnx.TensorProto) -> Array:
+    """The values of a tensor that holds them itself.  Raises `InputError` when they do not fill its shape."""
+    if tensor.HasField("raw_data"):
+        raw = np.frombuffer(bytearray(tensor.raw_data), np.uint8)
+        check_filled(tensor, raw.size)
+        return decode(raw, tensor.data_type, tensor.dims)
+    try:
+        array = onnx.numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+        raise InputError(f"tensor {tensor.name!r} cannot be read: {error}") from None
+    format = FORMATS.get(tensor.data_type)
+    return array.astype(format.dtype, copy=False) if format else array
+
+
+def encode(array: Array) -> tuple[int, Bytes]:
+    """The ONNX data type of an array and its stored bytes.  Raises `InputError` for a type ONNX lacks."""
+    array = np.asarray(array, array.dtype.newbyteorder("<"), order="C")
+    data_type = DATA_TYPES.get(array.dtype)
+    if data_type is None:
+        raise InputError(f"ONNX has no data type for an array of {array.dtype}")
+    bits = FORMATS[data_type].bits
+    if bits < 8 and "int" in array.dtype.name:
+        return data_type, _pack(array.astype(np.int8).reshape(-1).view(np.uint8), bits)
+    raw = array.reshape(-1).view(np.uint8)
+    return data_type, _pack(raw, bits) if bits < 8 else raw
+
+
+def _unpack(raw: Bytes, bits: int) -> Bytes:
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    codes: Bytes = (raw[:, None] >> shifts) & np.uint8((1 << bits) - 1)
+    return codes.reshape(-1)
+
+
+def _pack(codes: Bytes, bits: int) -> Bytes:
+    per_byte = 8 // bits
+    codes = np.pad(codes & np.uint8((1 << bits) - 1), (0, -len(codes) % per_byte)).reshape(-1, per_byte)
+    packed: Bytes = np.bitwise_or.reduce(codes << np.arange(0, 8, bits, dtype=np.uint8), axis=1)
+    return packed

@@ -1,0 +1,325 @@
+"""The ONNX graph: onnx-graphsurgeon edits, the original ModelProto carries.
+
+GraphSurgeon drops metadata, denotations and optional types on export and copies every weight.  So a model is
+imported through it and never exported through it: `to_model` patches what changed into the proto that was
+loaded, and everything else keeps its bytes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
+import onnx_graphsurgeon as gs
+from onnx import GraphProto
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from fuser.files import ModelFile
+from fuser.graph import Array, Reader, Summary
+from fuser.graphs import onnx_carrier
+from fuser.graphs.onnx_known import KnownValues, tensor_proto
+from fuser.graphs.onnx_readers import (
+    OLDEST_OPSET,
+    OPERANDS,
+    READERS,
+    NodeReader,
+    Unreadable,
+    bias_add,
+    bias_position,
+)
+from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
+from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
+from fuser.ops import Constant, Dead, Op, Value
+from fuser.remarks import Missed
+
+O = TypeVar("O", bound=Op)  # noqa: E741
+
+FORMAL_INPUTS_BEFORE_IR = 4
+"""Before IR 4 every initializer had to be listed as an input; it was a formality, and nobody replaced them."""
+
+
+class OnnxGraph:
+    """`fuser.graph.Graph` over an ONNX model: its main graph, bodies and functions; opset 7 and up, IR 3 and up.
+
+    model: edited in place, by `to_model`.
+    freeze_inputs: initializers that are also graph inputs count as constants, and those inputs go.
+
+    Raises `InputError` for a model that is not a graph: cyclic, or with a value produced twice.
+    """
+
+    host = "onnx"
+
+    def __init__(self, model: ModelFile, *, freeze_inputs: bool = False) -> None:
+        self.edits = 0
+        self._model = model
+        self._ir_version = model.proto.ir_version
+        graph = model.proto.graph
+        formal = self._ir_version < FORMAL_INPUTS_BEFORE_IR
+        backed = initializer_names(graph) & {info.name for info in graph.input}
+        self._removed = set() if formal or not freeze_inputs else backed
+        self.removable_inputs = sorted(backed) if formal or freeze_inputs else []
+
+        self.wiring = Wiring(model.proto)
+        self.known = KnownValues(model, self.wiring, set() if formal else backed, frozen=freeze_inputs)
+        self.wiring.scopes[0].changed = bool(self._removed)
+        self._origins: dict[int, list[str]] = {}
+        self._taken = {name for scope in self.wiring.scopes for name in scope.names} | initializer_names(graph)
+        self._taken.update(node.name for node in self.wiring.order)
+        self._node_names = Counter(self.wiring.scope(node).path + node.name for node in self.wiring.order)
+
+    # -- reading
+
+    def ops(self, kind: type[O]) -> Iterator[O]:
+        if kind is Constant:
+            yield from self._constant_ops()  # type: ignore[misc]
+        elif kind is Dead:
+            yield from self._dead_ops()  # type: ignore[misc]
+        else:
+            operators = {operator for operator, (produced, _) in READERS.items() if issubclass(produced, kind)}
+            for node in self.wiring.order:
+                if node.op not in operators or self.wiring.is_erased(node) or self.known.is_foldable(node):
+                    continue
+                op = self.read(node)
+                if isinstance(op, kind) and op.node is node:
+                    yield op
+
+    def read(self, node: gs.Node) -> Op | None:
+        """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
+        scope = self.wiring.scope(node)
+        if not is_standard(node) or node.op not in READERS or scope.opset < OLDEST_OPSET or scope.frozen:
+            return None
+        try:
+            return READERS[node.op][1](NodeReader(self, node, scope.opset))
+        except Unreadable:
+            return None
+
+    def op_producing(self, value: Value) -> Op | None:
+        node = self.producer(value)
+        return None if node is None else self.read(node)
+
+    def readers(self, value: Value) -> Sequence[Reader]:
+        home = self.wiring.home(value)
+        found = []
+        for node, _ in self.wiring.uses(value):
+            # An op inside a body may run many times or never: outside, it is a reader without a meaning.
+            op = self.read(node) if self.wiring.scope(node) is home else None
+            found.append(Reader(self._node_name(node), op))
+        return found + [Reader(name, None) for name in self.wiring.public(value)]
+
+    def constant(self, value: Value) -> Array | Missed:
+        return self.known.value(value)
+
+    def shape(self, value: Value) -> Shape | None:
+        return self.known.shape(value)
+
+    def rank(self, value: Value) -> int | None:
+        producer = self.producer(value)
+        if producer is not None and producer.op in ("Conv", "ConvTranspose") and len(producer.inputs) > 1:
+            return self.rank(producer.inputs[1])  # ONNX has no unbatched convolution
+        shape = self.known.shape(value)
+        return None if shape is None else len(shape)
+
+    def can_vanish(self, op: Op, by: Value) -> bool:
+        return not self.wiring.public(op.output) or self._takes_over(by, op)
+
+    def describe(self, x: Op | Value) -> str:
+        return self._node_name(x.node) if isinstance(x, Op) else repr(x.name)
+
+    def summary(self) -> Summary:
+        alive = [node for node in self.wiring.order if not self.wiring.is_erased(node)]
+        summary = Summary(dict(Counter(node.op for node in alive)))
+        stored = [node.attrs["value"] for node in alive if isinstance(node.attrs.get("value"), gs.Constant)]
+        for scope in self.wiring.scopes:
+            stored += [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
+        protos = [tensor_proto(tensor) for tensor in stored]
+        for scope in self.wiring.scopes:
+            if isinstance(scope.proto, GraphProto):
+                protos += [tensor for tensor in scope.proto.initializer if tensor.name not in scope.dropped]
+        for proto in protos:
+            dtype = None if proto is None else numpy_dtype(proto.data_type)
+            if proto is None or dtype is None:
+                continue
+            count = elements(tuple(proto.dims)) or 0
+            summary.bytes += count * dtype.itemsize
+            if dtype.kind not in "biuOSU":  # shapes and indices are not parameters
+                summary.parameters += count
+        return summary
+
+    # -- reading, for the dialect
+
+    def uses(self, value: gs.Tensor) -> list[tuple[gs.Node, int]]:
+        """(node, position) of each input slot that reads `value`."""
+        return self.wiring.uses(value)
+
+    def is_public(self, value: gs.Tensor) -> bool:
+        """Whether the value is needed under its very name."""
+        return bool(self.wiring.public(value))
+
+    def is_known(self, value: gs.Tensor) -> bool:
+        """Whether the value is known before run time, without computing it."""
+        return value in self.known
+
+    def element_type(self, value: gs.Tensor) -> int | None:
+        """The ONNX element type, where it is known."""
+        return self.known.element_type(value)
+
+    def same_scope(self, a: gs.Node, b: gs.Node) -> bool:
+        return self.wiring.scope(a) is self.wiring.scope(b)
+
+    def producer(self, value: gs.Tensor) -> gs.Node | None:
+        return value.inputs[0] if value.inputs else None
+
+    # -- editing
+
+    def set_constants(self, op: Op, **arrays: Array) -> None:
+        node: gs.Node = op.node
+        for field, array in arrays.items():
+            if node.op == "MatMul" and field == "bias":
+                self._set_matmul_bias(node, array)
+            else:
+                self._set_operand(node, OPERANDS[node.op][field], field, array)
+        if node.op == "Gemm":
+            for name in ("alpha", "beta"):
+                node.attrs.pop(name, None)
+        self.edits += 1
+
+    def replace(self, op: Op, by: Value) -> None:
+        node, output = op.node, op.output
+        producer = self.producer(by)
+        if self._takes_over(by, op):
+            # The producer writes under the name of the op that goes: its readers keep their bytes.
+            self.wiring.erase(node)
+            self.wiring.set_output(producer, by, output)
+            self.wiring.scope(node).dropped.add(by.name)
+            self.known.inherit(output, by)
+        elif self.wiring.public(output):
+            self._become_identity(node, by)
+        else:
+            for reader, position in self.wiring.uses(output):
+                self.wiring.set_input(reader, position, by)
+            self.wiring.erase(node)
+        if producer is not None:
+            origins = self._origins.setdefault(id(producer), [])
+            origins += [*self._origins.get(id(node), ()), node.name or output.name]
+        self.edits += 1
+
+    def replace_with_constant(self, op: Op) -> None:
+        node: gs.Node = op.node
+        for output in node.outputs:
+            uses = self.wiring.uses(output)
+            if not uses:
+                continue
+            constant = self._new_constant(self.wiring.scope(node), output.name, self.known.evaluate(output), node)
+            for reader, position in uses:
+                self.wiring.set_input(reader, position, constant)
+        self.wiring.erase(node)
+        self.edits += 1
+
+    def erase(self, op: Op) -> None:
+        self.wiring.erase(op.node)
+        self.edits += 1
+
+    def commit(self) -> None:
+        self.wiring.sweep(keep=self.known.overridable)
+        self.wiring.settle()
+
+    def to_model(self) -> ModelFile:
+        """Patch what changed into the model and return it; this graph is not to be used after that."""
+        if any(scope.changed for scope in self.wiring.scopes):
+            onnx_carrier.patch(self._model.proto, self.wiring, self._origins, self._removed)
+        return self._model
+
+    # -- ops that are found, not read
+
+    def _constant_ops(self) -> Iterator[Constant]:
+        """Nodes whose outputs are known, at the edge: what only feeds others of their kind goes with them."""
+        for node in self.wiring.order:
+            if node.op == "Constant" or self.wiring.is_erased(node) or not self.known.is_foldable(node):
+                continue
+            if any(self.wiring.public(output) for output in node.outputs):
+                continue
+            readers = [reader for output in node.outputs for reader, _ in self.wiring.uses(output)]
+            if all(self.known.is_foldable(reader) for reader in readers):
+                continue
+            try:
+                made = sum(self.known.evaluate(output).size for output in node.outputs if self.wiring.uses(output))
+            except CannotEvaluate:
+                continue
+            read = [elements(self.known.shape(tensor) or (None,)) or 0 for tensor in node.inputs]
+            yield Constant(node, node.outputs[0], elements_in=sum(read), elements_out=made)
+
+    def _dead_ops(self) -> Iterator[Dead]:
+        """From the end to the start, so that what feeds only dead nodes is dead when it is reached."""
+        for node in reversed(self.wiring.order):
+            if self.wiring.is_erased(node) or not is_standard(node) or self.wiring.scope(node).frozen:
+                continue
+            if not self.wiring.is_read(node):
+                yield Dead(node, node.outputs[0] if node.outputs else None)
+
+    # -- small edits
+
+    def _takes_over(self, by: gs.Tensor, op: Op) -> bool:
+        """Whether the producer of `by` can write the op's output instead: nobody else knows `by`."""
+        producer, uses = self.producer(by), self.wiring.uses(by)
+        if producer is None or self.wiring.public(by) or len(uses) != 1 or uses[0][0] is not op.node:
+            return False
+        return self.same_scope(producer, op.node)
+
+    def _become_identity(self, node: gs.Node, by: gs.Tensor) -> None:
+        """Where both names are in a signature, a node must stay between them."""
+        self.wiring.truncate_inputs(node, 1)
+        self.wiring.set_input(node, 0, by)
+        node.op, node.domain = "Identity", None
+        node.attrs.clear()
+
+    def _set_operand(self, node: gs.Node, position: int, field: str, array: Array) -> None:
+        old = node.inputs[position] if position < len(node.inputs) else None
+        base = old.name if old is not None and not old.is_empty() else f"{node.name or node.outputs[0].name}.{field}"
+        self.wiring.set_input(node, position, self._new_constant(self.wiring.scope(node), base, array, node))
+
+    def _set_matmul_bias(self, matmul: gs.Node, array: Array) -> None:
+        if (add := bias_add(self, matmul)) is not None:
+            self._set_operand(add, bias_position(self, add), "bias", array)
+            return
+        scope, output = self.wiring.scope(matmul), matmul.outputs[0]
+        stem = matmul.name or output.name
+        product = gs.Variable(self._fresh(f"{output.name}_product"))
+        self.wiring.set_output(matmul, output, product)
+        bias = self._new_constant(scope, f"{stem}.bias", array, matmul)
+        add = gs.Node("Add", self._fresh(f"{stem}_bias"))
+        self.wiring.insert(add, after=matmul)
+        self.wiring.link(add, [product, bias], [output])
+
+    def _new_constant(self, scope: Scope, base: str, array: Array, user: gs.Node) -> gs.Tensor:
+        """A constant under a new name; a node before `user` where the scope can hold no initializers."""
+        name = self._fresh(base.removesuffix("_folded") + "_folded")
+        tensor = gs.Constant(name, LazyValues(self._model.tensor(name, array)))
+        scope.changed = True
+        if not scope.in_function and (self._ir_version >= FORMAL_INPUTS_BEFORE_IR or scope.parent is None):
+            scope.new_constants.append(tensor)
+            self.wiring.adopt(scope, tensor)
+            self.known.add(tensor)
+            return tensor
+        output = gs.Variable(name, dtype=array.dtype, shape=list(array.shape))
+        node = gs.Node("Constant", self._fresh(f"{name}_node"), attrs={"value": tensor})
+        self.wiring.insert(node, before=user)
+        self.wiring.link(node, [], [output])
+        self.wiring.adopt(scope, output)
+        self.known.add(output)
+        return output
+
+    def _fresh(self, name: str) -> str:
+        candidate, number = name, 1
+        while candidate in self._taken:
+            number += 1
+            candidate = f"{name}_{number}"
+        self._taken.add(candidate)
+        return candidate
+
+    def _node_name(self, node: gs.Node) -> str:
+        path: str = self.wiring.scope(node).path
+        if node.name and self._node_names[path + node.name] == 1:
+            return path + str(node.name)
+        outputs = [output.name for output in node.outputs if not output.is_empty()]
+        return path + str(outputs[0] if outputs else node.op)

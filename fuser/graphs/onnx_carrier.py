@@ -1,0 +1,112 @@
+"""Write the edits back into the ModelProto that was loaded: what was not touched keeps its bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto, GraphProto, NodeProto
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from fuser.graphs.onnx_known import tensor_proto
+from fuser.graphs.onnx_wiring import Scope, Wiring
+
+ORIGIN = "fuser.folded"
+"""The metadata key under which a node names what was folded into it."""
+
+_NODE_METADATA_SINCE_IR = 10
+_INITIALIZERS_NEED_NO_INPUT_SINCE_IR = 4
+
+_NOT_IN_EDITOR = {
+    AttributeProto.GRAPHS,
+    AttributeProto.TENSORS,
+    AttributeProto.SPARSE_TENSOR,
+    AttributeProto.SPARSE_TENSORS,
+    AttributeProto.TYPE_PROTO,
+    AttributeProto.TYPE_PROTOS,
+}
+"""Kinds of attributes that GraphSurgeon does not import, so their absence there says nothing."""
+
+
+def patch(
+    model: onnx.ModelProto, wiring: Wiring, origins: Mapping[int, Sequence[str]], removed_inputs: set[str]
+) -> None:
+    """Bring `model` up to date with the edits.
+
+    origins: for a node (by id), the names of what was folded into it.
+    removed_inputs: inputs of the main graph that go, though their initializers stay.
+    """
+    for scope in reversed(wiring.scopes):  # bodies before the nodes that hold them, which are copied then
+        if scope.changed:
+            _patch_nodes(scope, wiring, origins, model.ir_version)
+            if isinstance(scope.proto, GraphProto):
+                is_main = scope is wiring.scopes[0]
+                _patch_tensors(scope, scope.proto, wiring, removed_inputs if is_main else set(), model.ir_version)
+
+
+def _patch_nodes(scope: Scope, wiring: Wiring, origins: Mapping[int, Sequence[str]], ir_version: int) -> None:
+    kept = []
+    for node in scope.editor.nodes:
+        if wiring.is_erased(node):
+            continue
+        proto = wiring.proto(node)
+        if proto is None:
+            proto = OnnxExporter.export_node(node)
+        elif id(node) in wiring.touched:
+            _patch_node(node, proto)
+        if id(node) in origins:
+            _record_origins(proto, origins[id(node)], ir_version)
+        kept.append(proto)
+    _refill(scope.proto.node, kept)
+
+
+def _patch_node(node: gs.Node, proto: NodeProto) -> None:
+    proto.op_type = node.op
+    del proto.input[:], proto.output[:]
+    proto.input.extend(tensor.name for tensor in node.inputs)
+    proto.output.extend(tensor.name for tensor in node.outputs)
+    for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type not in _NOT_IN_EDITOR]:
+        proto.attribute.remove(attribute)
+
+
+def _record_origins(proto: NodeProto, origins: Sequence[str], ir_version: int) -> None:
+    text = ", ".join(dict.fromkeys(origins))
+    if ir_version < _NODE_METADATA_SINCE_IR:
+        proto.doc_string = "\n".join(filter(None, [proto.doc_string, f"{ORIGIN}: {text}"]))
+        return
+    entry = next((m for m in proto.metadata_props if m.key == ORIGIN), None) or proto.metadata_props.add(key=ORIGIN)
+    entry.value = f"{entry.value}, {text}" if entry.value else text
+
+
+def _patch_tensors(scope: Scope, graph: GraphProto, wiring: Wiring, removed_inputs: set[str], ir_version: int) -> None:
+    new = [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
+    made = {tensor.name for node in scope.editor.nodes if not wiring.is_erased(node) for tensor in node.outputs}
+    dropped = scope.dropped - made
+    initializers = {tensor.name for tensor in graph.initializer}
+    unwanted = removed_inputs | (dropped & initializers)
+    if dropped:
+        _refill(graph.initializer, [t for t in graph.initializer if t.name not in dropped])
+        _refill(graph.value_info, [v for v in graph.value_info if v.name not in dropped])
+        annotations = [q for q in graph.quantization_annotation if q.tensor_name not in dropped]
+        _refill(graph.quantization_annotation, annotations)
+    if unwanted:
+        _refill(graph.input, [info for info in graph.input if info.name not in unwanted])
+    for tensor in new:
+        proto = tensor_proto(tensor)
+        assert proto is not None
+        graph.initializer.append(proto)
+        if ir_version < _INITIALIZERS_NEED_NO_INPUT_SINCE_IR:
+            graph.input.append(onnx.helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims)))
+
+
+def _refill(field: Any, items: list[Any]) -> None:
+    """Replace the content of a repeated field; in linear time, where deleting one by one is not."""
+    if len(items) == len(field) and all(a is b for a, b in zip(items, field, strict=True)):
+        return
+    copies = [type(item)() for item in items]
+    for copy, item in zip(copies, items, strict=True):
+        copy.CopyFrom(item)
+    del field[:]
+    field.extend(copies)

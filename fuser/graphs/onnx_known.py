@@ -1,0 +1,236 @@
+"""Which values of an ONNX model are known before run time, what they are, and what shapes are proven."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto, GraphProto, TensorProto
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+
+from fuser.files import ModelFile
+from fuser.graph import Array
+from fuser.graphs.onnx_readers import OLDEST_OPSET
+from fuser.graphs.onnx_values import (
+    EVALUABLE,
+    CannotEvaluate,
+    Shape,
+    attribute_value,
+    elements,
+    evaluate,
+    infer_shapes,
+    numpy_dtype,
+    type_and_shape,
+)
+from fuser.graphs.onnx_wiring import Scope, Wiring, is_standard
+from fuser.remarks import Missed
+
+SMALL = 1 << 20
+"""Computed values up to this many bytes are kept; larger ones are computed again when asked for."""
+
+
+class KnownValues:
+    """Constants, and whatever follows from constants alone.
+
+    A value is *overridable* when it is an initializer that a caller may replace, and *quantized* when it comes
+    out of a DequantizeLinear of constants: known, but not to be turned into floating point.
+
+    frozen: initializers that are also graph inputs count as constants.
+    """
+
+    def __init__(self, model: ModelFile, wiring: Wiring, overridable: set[str], *, frozen: bool) -> None:
+        self._model, self._wiring = model, wiring
+        self._known: dict[int, gs.Tensor] = {}
+        self._quantized: dict[int, gs.Tensor] = {}
+        self.overridable: dict[int, gs.Tensor] = {}
+        self._values: dict[int, Array] = {}
+        self._types: dict[int, tuple[int, Shape | None]] | None = None
+        for scope in wiring.scopes:
+            for tensor in scope.names.values():
+                if scope is wiring.scopes[0] and tensor.name in overridable and not frozen:
+                    self.overridable[id(tensor)] = tensor
+                elif isinstance(tensor, gs.Constant) and tensor_proto(tensor) is not None:
+                    self._known[id(tensor)] = tensor
+        for node in wiring.order:
+            self._classify(node)
+
+    def add(self, tensor: gs.Tensor) -> None:
+        """A new constant."""
+        self._known[id(tensor)] = tensor
+
+    def __contains__(self, tensor: gs.Tensor) -> bool:
+        return id(tensor) in self._known
+
+    def value(self, tensor: gs.Tensor) -> Array | Missed:
+        """The value, or why it is not known."""
+        if id(tensor) in self.overridable:
+            return Missed(
+                "overridable",
+                f"the initializer {tensor.name!r} is also a graph input, so a caller may replace it",
+                "--freeze-inputs makes such inputs constant",
+            )
+        if id(tensor) in self._quantized:
+            return Missed(
+                "quantized",
+                f"{tensor.name!r} comes out of a DequantizeLinear",
+                "optimize the float model, and quantize after that",
+            )
+        if id(tensor) not in self._known:
+            return Missed("not-constant", f"{tensor.name!r} is not known before run time")
+        try:
+            return self.evaluate(tensor)
+        except CannotEvaluate as error:
+            return Missed("not-constant", f"{tensor.name!r} is not known before run time: {error}")
+
+    def is_foldable(self, node: gs.Node) -> bool:
+        """Whether all that the node makes is known: its inputs are, and it does the same every time."""
+        scope = self._wiring.scope(node)
+        if not is_standard(node) or scope.frozen or scope.opset < OLDEST_OPSET:
+            return False
+        if any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values()):
+            return False
+        if node.op == "Constant":
+            return bool(node.attrs) and "sparse_value" not in node.attrs
+        if node.op not in EVALUABLE or not node.inputs:
+            return False
+        return all(
+            tensor.is_empty() or tensor in self or self._stand_in(node, position) is not None
+            for position, tensor in enumerate(node.inputs)
+        )
+
+    def evaluate(self, value: gs.Tensor) -> Array:
+        """The value of a known tensor; without recursion, for chains of any length.  Raises `CannotEvaluate`."""
+        pending = [value]
+        fresh: dict[int, Array] = {}
+        while pending:
+            tensor = pending[-1]
+            if self._lookup(tensor, fresh) is not None:
+                pending.pop()
+            elif isinstance(tensor, gs.Constant):
+                fresh[id(tensor)] = self._stored(tensor)
+            else:
+                node = tensor.inputs[0]
+                inputs = [self._operand(node, position, fresh) for position in range(len(node.inputs))]
+                missing = [t for t, x in zip(node.inputs, inputs, strict=True) if x is None and not t.is_empty()]
+                pending += missing
+                if not missing:
+                    self._keep(node, self._compute(node, inputs), fresh)
+        return fresh[id(value)] if id(value) in fresh else self._values[id(value)]
+
+    def element_type(self, tensor: gs.Tensor) -> int | None:
+        """The ONNX element type, where it is known."""
+        if isinstance(tensor, gs.Constant):
+            proto = tensor_proto(tensor)
+            return None if proto is None else proto.data_type
+        return self._inferred().get(id(tensor), (0, None))[0] or None
+
+    def shape(self, tensor: gs.Tensor) -> Shape | None:
+        """What is inferred, or follows from the value itself: inference does not look into functions."""
+        if isinstance(tensor, gs.Constant):
+            return tuple(tensor.shape)
+        inferred = self._inferred_shape(tensor)
+        if inferred is None and tensor in self:
+            with contextlib.suppress(CannotEvaluate):
+                return self.evaluate(tensor).shape
+        return inferred
+
+    def inherit(self, tensor: gs.Tensor, source: gs.Tensor) -> None:
+        """`tensor` now holds what `source` held."""
+        if self._types is not None and id(source) in self._types:
+            self._types.setdefault(id(tensor), self._types[id(source)])
+
+    # -- one sweep at the start
+
+    def _classify(self, node: gs.Node) -> None:
+        if self._is_quantized(node):
+            self._quantized.update((id(output), output) for output in node.outputs)
+        elif self.is_foldable(node):
+            self._known.update((id(output), output) for output in node.outputs)
+
+    def _is_quantized(self, node: gs.Node) -> bool:
+        given = [tensor for tensor in node.inputs if not tensor.is_empty()]
+        if node.op == "DequantizeLinear":
+            return bool(given) and (given[0] in self or id(given[0]) in self._quantized)
+        if not any(id(tensor) in self._quantized for tensor in given):
+            return False
+        return all(id(tensor) in self._quantized or tensor in self for tensor in given)
+
+    # -- computing
+
+    def _lookup(self, tensor: gs.Tensor, fresh: dict[int, Array]) -> Array | None:
+        return fresh[id(tensor)] if id(tensor) in fresh else self._values.get(id(tensor))
+
+    def _operand(self, node: gs.Node, position: int, fresh: dict[int, Array]) -> Array | None:
+        found = self._lookup(node.inputs[position], fresh)
+        if found is not None or node.inputs[position] in self:
+            return found
+        return self._stand_in(node, position)
+
+    def _stand_in(self, node: gs.Node, position: int) -> Array | None:
+        """For an operand of which only the type or the shape matters: an array that has it, without storage."""
+        if (node.op, position) == ("CastLike", 1):
+            element_type = self.element_type(node.inputs[1])
+            dtype = None if element_type is None else numpy_dtype(element_type)
+            return None if dtype is None else np.zeros((), dtype)
+        if node.op in ("Shape", "Size"):
+            shape = self.shape(node.inputs[0])
+            if shape is not None and elements(shape) is not None:
+                return np.broadcast_to(np.zeros((), np.bool_), shape)  # type: ignore[arg-type]
+        return None
+
+    def _compute(self, node: gs.Node, inputs: Sequence[Array | None]) -> list[Array]:
+        proto = self._wiring.proto(node)
+        if node.op == "Constant":
+            if isinstance(node.attrs.get("value"), gs.Constant):
+                return [self._stored(node.attrs["value"])]
+            value = None if proto is None else attribute_value(proto.attribute[0])
+            if value is None:
+                raise CannotEvaluate("its Constant node holds a kind of value that is not understood")
+            return [value]
+        if proto is None or id(node) in self._wiring.touched:
+            proto = OnnxExporter.export_node(node)
+        declared = [self._inferred_shape(output) for output in node.outputs]
+        return evaluate(proto, self._wiring.scope(node).opset, inputs, declared)
+
+    def _keep(self, node: gs.Node, arrays: Sequence[Array], fresh: dict[int, Array]) -> None:
+        for output, array in zip(node.outputs, arrays, strict=False):
+            array.flags.writeable = False
+            fresh[id(output)] = array
+            if array.nbytes <= SMALL:
+                self._values[id(output)] = array
+
+    def _stored(self, tensor: gs.Constant) -> Array:
+        proto = tensor_proto(tensor)
+        if proto is None:
+            raise CannotEvaluate(f"{tensor.name!r} is sparse")
+        return self._model.array(proto)
+
+    # -- types and shapes, inferred once, when first asked for
+
+    def _inferred(self) -> dict[int, tuple[int, Shape | None]]:
+        if self._types is None:
+            self._types = {}
+            self._collect(self._wiring.scopes[0], infer_shapes(self._model.proto).graph)
+        return self._types
+
+    def _inferred_shape(self, tensor: gs.Tensor) -> Shape | None:
+        return self._inferred().get(id(tensor), (0, None))[1]
+
+    def _collect(self, scope: Scope, graph: GraphProto) -> None:
+        assert self._types is not None
+        for info in (*graph.input, *graph.value_info, *graph.output):
+            if info.name in scope.names:
+                self._types[id(scope.names[info.name])] = type_and_shape(info)
+        bodies = [a.g for node in graph.node for a in node.attribute if a.type == AttributeProto.GRAPH]
+        if len(bodies) == len(scope.children) and not scope.frozen:
+            for child, body in zip(scope.children, bodies, strict=True):
+                self._collect(child, body)
+
+
+def tensor_proto(tensor: gs.Constant) -> TensorProto | None:
+    """The dense tensor in the carrier that GraphSurgeon's constant stands for; None for a sparse one."""
+    values = tensor._values
+    return values.tensor if isinstance(values, LazyValues) and not isinstance(values, SparseValues) else None

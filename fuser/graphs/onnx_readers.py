@@ -1,0 +1,274 @@
+"""The ONNX dialect: what each node means in the vocabulary of `fuser.ops`.
+
+One small reader for each operator; `None` means that the node is not exactly understood, and is left alone.
+Reading and writing share `OPERANDS`, so a constant is written where it was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import onnx_graphsurgeon as gs
+
+from fuser import ops
+from fuser.remarks import Missed
+
+if TYPE_CHECKING:
+    from fuser.graphs.onnx import OnnxGraph
+
+OLDEST_OPSET = 7
+"""Before opset 7 broadcasting and BatchNormalization meant something else."""
+
+OPERANDS: dict[str, dict[str, int]] = {
+    "Conv": {"weight": 1, "bias": 2},
+    "ConvTranspose": {"weight": 1, "bias": 2},
+    "Gemm": {"weight": 1, "bias": 2},
+    "MatMul": {"weight": 1},
+    "BatchNormalization": {"scale": 1, "bias": 2, "mean": 3, "var": 4},
+    "DequantizeLinear": {"scale": 1},
+    "Add": {"left": 0, "right": 1},
+    "Sub": {"left": 0, "right": 1},
+    "Mul": {"left": 0, "right": 1},
+    "Div": {"left": 0, "right": 1},
+}
+"""Operator -> field of its op -> position among the node's inputs."""
+
+
+class Unreadable(Exception):
+    """The node uses something a reader does not understand; it is left alone."""
+
+
+class NodeReader:
+    """A node, the graph around it, and the opset that gives its attributes their meaning."""
+
+    def __init__(self, graph: OnnxGraph, node: gs.Node, opset: int) -> None:
+        self.graph, self.node, self.opset = graph, node, opset
+
+    def input(self, position: int) -> gs.Tensor | None:
+        """The operand at `position`; None when it is absent, which ONNX also writes as an empty name."""
+        if position >= len(self.node.inputs) or self.node.inputs[position].is_empty():
+            return None
+        return self.node.inputs[position]
+
+    def required(self, position: int) -> gs.Tensor:
+        value = self.input(position)
+        if value is None:
+            raise Unreadable
+        return value
+
+    @property
+    def output(self) -> gs.Tensor:
+        if not self.node.outputs or self.node.outputs[0].is_empty():
+            raise Unreadable
+        return self.node.outputs[0]
+
+    @property
+    def extra_outputs(self) -> list[gs.Tensor]:
+        return [output for output in self.node.outputs[1:] if not output.is_empty()]
+
+    def attribute(self, name: str, default: Any = None) -> Any:
+        value = self.node.attrs.get(name, default)
+        if isinstance(value, gs.Node.AttributeRef):  # decided by each caller of the function
+            raise Unreadable
+        return value
+
+    def rank(self, value: gs.Tensor) -> int:
+        rank = self.graph.rank(value)
+        if rank is None:
+            raise Unreadable
+        return rank
+
+    def axis(self, axis: int, rank_of: gs.Tensor) -> int:
+        return axis if axis >= 0 else axis + self.rank(rank_of)
+
+    def known(self, position: int) -> Any:
+        """The operand as an array; the node is unreadable where it is decided at run time."""
+        array = self.graph.constant(self.required(position))
+        if isinstance(array, Missed):
+            raise Unreadable
+        return array
+
+
+def _conv(n: NodeReader) -> ops.Op:
+    weight = n.required(1)
+    spatial = n.rank(weight) - 2
+    transposed = n.node.op == "ConvTranspose"
+    strides = tuple(n.attribute("strides") or [1] * spatial)
+    dilations = tuple(n.attribute("dilations") or [1] * spatial)
+    return ops.Conv(
+        n.node,
+        n.output,
+        n.required(0),
+        weight,
+        n.input(2),
+        groups=n.attribute("group", 1),
+        transposed=transposed,
+        strides=strides,
+        dilations=dilations,
+        padding=None if transposed and n.attribute("output_shape") else _padding(n, spatial),
+    )
+
+
+def _padding(n: NodeReader, spatial: int) -> tuple[tuple[int, int], ...] | None:
+    mode = n.attribute("auto_pad", "NOTSET")
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        return None
+    pads = list(n.attribute("pads") or []) if mode == "NOTSET" else []
+    pads = pads or [0] * (2 * spatial)
+    if len(pads) != 2 * spatial:
+        raise Unreadable
+    return tuple(zip(pads[:spatial], pads[spatial:], strict=True))
+
+
+def _gemm(n: NodeReader) -> ops.Op:
+    return ops.Linear(
+        n.node,
+        n.output,
+        n.required(0),
+        n.required(1),
+        n.input(2),
+        out_axis=0 if n.attribute("transB", 0) else 1,
+        in_axis=0 if n.attribute("transA", 0) else -1,
+        alpha=n.attribute("alpha", 1.0),
+        beta=n.attribute("beta", 1.0),
+    )
+
+
+def _matmul(n: NodeReader) -> ops.Op:
+    weight = n.required(1)
+    if n.rank(weight) != 2:
+        raise Unreadable
+    add = bias_add(n.graph, n.node)
+    output, bias = (n.output, None) if add is None else (add.outputs[0], add.inputs[bias_position(n.graph, add)])
+    return ops.Linear(n.node, output, n.required(0), weight, bias, out_axis=1)
+
+
+def bias_add(graph: OnnxGraph, matmul: gs.Node) -> gs.Node | None:
+    """The Add that gives a MatMul its bias: the only reader of its output, with a constant of rank 1 or less.
+
+    MatMul and Add read as one `Linear`; as two ops, each would offer the other's constant again for ever.
+    """
+    readers = graph.uses(matmul.outputs[0])
+    if len(readers) != 1 or graph.is_public(matmul.outputs[0]):
+        return None
+    add, position = readers[0]
+    if add.op != "Add" or len(add.inputs) != 2 or not graph.same_scope(add, matmul):
+        return None
+    bias = add.inputs[1 - position]
+    rank = graph.rank(bias) if graph.is_known(bias) else None
+    return add if rank is not None and rank <= 1 else None
+
+
+def bias_position(graph: OnnxGraph, add: gs.Node) -> int:
+    """Which input of `bias_add` is the bias."""
+    return 0 if graph.is_known(add.inputs[0]) else 1
+
+
+def _elementwise(n: NodeReader) -> ops.Op:
+    left, right = n.required(0), n.required(1)
+    if n.node.op == "Add":
+        for value in (left, right):
+            producer = n.graph.producer(value)
+            if producer is not None and producer.op == "MatMul" and bias_add(n.graph, producer) is n.node:
+                linear = n.graph.read(producer)
+                if linear is not None:
+                    return linear
+    return ops.Elementwise(n.node, n.output, {"Add": "+", "Sub": "-", "Mul": "*", "Div": "/"}[n.node.op], left, right)
+
+
+def _batch_norm(n: NodeReader) -> ops.Op:
+    training = bool(n.attribute("training_mode", 0)) if n.opset >= 14 else bool(n.extra_outputs)
+    return ops.BatchNorm(
+        n.node,
+        n.output,
+        *(n.required(position) for position in range(5)),
+        epsilon=n.attribute("epsilon", 1e-5),
+        training=training,
+        per_channel=bool(n.attribute("spatial", 1)),
+    )
+
+
+def _dropout(n: NodeReader) -> ops.Op:
+    if n.extra_outputs and any(n.graph.uses(mask) or n.graph.is_public(mask) for mask in n.extra_outputs):
+        raise Unreadable
+    if n.opset >= 12 and n.input(2) is not None and bool(n.known(2)):
+        raise Unreadable
+    return ops.Identity(n.node, n.output, n.required(0))
+
+
+def _identity(n: NodeReader) -> ops.Op:
+    return ops.Identity(n.node, n.output, n.required(0))
+
+
+def _cast(n: NodeReader) -> ops.Op:
+    if n.graph.element_type(n.required(0)) != n.attribute("to"):
+        raise Unreadable
+    return ops.Identity(n.node, n.output, n.required(0))
+
+
+def _reshape(n: NodeReader) -> ops.Op:
+    return ops.Reshape(n.node, n.output, n.required(0))
+
+
+def _transpose(n: NodeReader) -> ops.Op:
+    permutation = n.attribute("perm") or range(n.rank(n.required(0)) - 1, -1, -1)
+    return ops.Transpose(n.node, n.output, n.required(0), tuple(permutation))
+
+
+def _concat(n: NodeReader) -> ops.Op:
+    inputs = tuple(n.required(position) for position in range(len(n.node.inputs)))
+    return ops.Concat(n.node, n.output, inputs, n.axis(n.attribute("axis"), inputs[0]))
+
+
+def _average_pool(n: NodeReader) -> ops.Op:
+    padded = any(n.attribute("pads") or []) or n.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    counted = bool(n.attribute("count_include_pad", 0)) and padded
+    return ops.AveragePool(n.node, n.output, n.required(0), pads_counted=counted or bool(n.attribute("ceil_mode", 0)))
+
+
+def _global_average_pool(n: NodeReader) -> ops.Op:
+    return ops.AveragePool(n.node, n.output, n.required(0))
+
+
+def _reduce_mean(n: NodeReader) -> ops.Op:
+    """The mean over all or some spatial axes; axis 1 stays where it is."""
+    axes = n.known(1).tolist() if n.input(1) is not None else n.attribute("axes")
+    if not axes or min(n.axis(axis, n.required(0)) for axis in axes) < 2:
+        raise Unreadable
+    return ops.AveragePool(n.node, n.output, n.required(0))
+
+
+def _dequantize(n: NodeReader) -> ops.Op:
+    scale = n.required(1)
+    if (scale_rank := n.rank(scale)) > 1:  # blocked quantization
+        raise Unreadable
+    axis = n.axis(n.attribute("axis", 1), n.required(0)) if scale_rank else None
+    return ops.Dequantize(n.node, n.output, n.required(0), scale, n.input(2), axis)
+
+
+READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
+    "Conv": (ops.Conv, _conv),
+    "ConvTranspose": (ops.Conv, _conv),
+    "Gemm": (ops.Linear, _gemm),
+    "MatMul": (ops.Linear, _matmul),
+    "BatchNormalization": (ops.BatchNorm, _batch_norm),
+    "Add": (ops.Elementwise, _elementwise),
+    "Sub": (ops.Elementwise, _elementwise),
+    "Mul": (ops.Elementwise, _elementwise),
+    "Div": (ops.Elementwise, _elementwise),
+    "Identity": (ops.Identity, _identity),
+    "Dropout": (ops.Identity, _dropout),
+    "Cast": (ops.Identity, _cast),
+    "Reshape": (ops.Reshape, _reshape),
+    "Flatten": (ops.Reshape, _reshape),
+    "Squeeze": (ops.Reshape, _reshape),
+    "Unsqueeze": (ops.Reshape, _reshape),
+    "Transpose": (ops.Transpose, _transpose),
+    "Concat": (ops.Concat, _concat),
+    "AveragePool": (ops.AveragePool, _average_pool),
+    "GlobalAveragePool": (ops.AveragePool, _global_average_pool),
+    "ReduceMean": (ops.AveragePool, _reduce_mean),
+    "DequantizeLinear": (ops.Dequantize, _dequantize),
+}
+"""Operator of the default domain -> the kind of op it reads as, and its reader."""

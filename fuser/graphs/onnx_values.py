@@ -1,0 +1,162 @@
+"""What is known of an ONNX value before run time: the result of one node, and inferred shapes.
+
+Nodes that move data or round once per element give the same bits in numpy as in any runtime, so the reference
+evaluator computes them.  For the others the last bit depends on who computes, so the runtime that will run the
+model is asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from fuser.graph import Array, Dim
+
+Shape = tuple[Dim, ...]
+
+_SAME_BITS_EVERYWHERE = frozenset(
+    """
+    Abs Add And Cast CastLike Ceil Compress Concat ConstantOfShape Div Equal Expand Flatten Floor
+    Gather GatherElements GatherND Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mul Neg
+    NonZero Not OneHot Or Pad Range Reshape ScatterElements ScatterND Shape Sign Size Slice Split Sqrt
+    Squeeze Sub Tile Transpose Trilu Unsqueeze Where Xor
+    """.split()
+)
+_NEEDS_THE_RUNTIME = frozenset(
+    """
+    BatchNormalization Clip Conv ConvTranspose CumSum Einsum Erf Exp Gemm Log MatMul Pow Reciprocal
+    ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Sigmoid
+    Softmax Tanh
+    """.split()
+)
+EVALUABLE = _SAME_BITS_EVERYWHERE | _NEEDS_THE_RUNTIME
+"""Operators of the default domain that are computed ahead: deterministic, and without subgraphs."""
+
+MAX_ELEMENTS = 2**28
+"""No value of more elements is computed ahead: a hostile `Expand` could ask for more memory than there is."""
+
+
+class CannotEvaluate(Exception):
+    """Why a node has no value ahead of run time, as one line."""
+
+
+def evaluate(
+    node: NodeProto, opset: int, inputs: Sequence[Array | None], declared: Sequence[Shape | None]
+) -> list[Array]:
+    """The outputs of `node` for known `inputs` (None: an optional input that is absent).
+
+    declared: what shape inference says of the outputs; used to refuse an unreasonable size beforehand.
+
+    Raises `CannotEvaluate`.
+    """
+    if node.op_type not in EVALUABLE:
+        raise CannotEvaluate(f"{node.op_type} is not computed ahead of run time")
+    for shape in (*declared, _predicted_shape(node, inputs)):
+        if shape is not None and elements(shape) is not None and elements(shape) > MAX_ELEMENTS:  # type: ignore[operator]
+            raise CannotEvaluate(f"{node.op_type} would make {elements(shape):,} elements")
+    feeds = {name: array for name, array in zip(node.input, inputs, strict=True) if array is not None}
+    try:
+        with np.errstate(all="ignore"):
+            if node.op_type in _SAME_BITS_EVERYWHERE:
+                return _in_numpy(node, opset, feeds)
+            return _in_runtime(node, opset, feeds)
+    except Exception as error:  # any failure of a single node only means that it stays in the graph
+        raise CannotEvaluate(f"{node.op_type} could not be computed: {str(error).splitlines()[0]}") from error
+
+
+def _in_numpy(node: NodeProto, opset: int, feeds: Mapping[str, Array]) -> list[Array]:
+    from onnx.reference import ReferenceEvaluator
+
+    return [np.asarray(y) for y in ReferenceEvaluator(node, opsets={"": opset}).run(None, dict(feeds))]
+
+
+def _in_runtime(node: NodeProto, opset: int, feeds: Mapping[str, Array]) -> list[Array]:
+    import onnxruntime as ort
+
+    graph = helper.make_graph(
+        [node],
+        "one_node",
+        [
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+            for name, array in feeds.items()
+        ],
+        [onnx.ValueInfoProto(name=name) for name in node.output if name],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
+    model.ir_version = min(model.ir_version, 10)  # what older runtimes still read
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return [np.asarray(y) for y in session.run(None, dict(feeds))]
+
+
+def _predicted_shape(node: NodeProto, inputs: Sequence[Array | None]) -> Shape | None:
+    """The shape of a node that can make much out of little, where shape inference knew nothing."""
+    known = [array for array in inputs if array is not None]
+    if node.op_type == "ConstantOfShape":
+        return tuple(int(size) for size in known[0])
+    if node.op_type == "Expand":
+        return tuple(max(1, int(size)) for size in known[1])
+    if node.op_type == "Tile":
+        return tuple(size * int(times) for size, times in zip(known[0].shape, known[1], strict=True))
+    if node.op_type == "Range":
+        start, limit, delta = (float(array) for array in known)
+        return (max(0, math.ceil((limit - start) / delta)),) if delta else None
+    if node.op_type in ("Add", "Sub", "Mul", "Div", "Where", "Pow", "Max", "Min"):
+        return np.broadcast_shapes(*(array.shape for array in known))
+    return None
+
+
+def elements(shape: Shape) -> int | None:
+    """How many elements; None when a dimension is not known."""
+    if not all(isinstance(dim, int) for dim in shape):
+        return None
+    return math.prod(dim for dim in shape if isinstance(dim, int))
+
+
+def numpy_dtype(element_type: int) -> np.dtype[Any] | None:
+    """The dtype of an ONNX element type, from ml_dtypes where numpy has none; None for what has no size."""
+    try:
+        return np.dtype(helper.tensor_dtype_to_np_dtype(element_type))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def attribute_value(attribute: onnx.AttributeProto) -> Any:
+    """The value a Constant node states in another attribute than `value`; None for a sparse one."""
+    kinds: dict[str, Any] = {
+        "value_float": lambda: np.float32(attribute.f),
+        "value_floats": lambda: np.asarray(attribute.floats, np.float32),
+        "value_int": lambda: np.int64(attribute.i),
+        "value_ints": lambda: np.asarray(attribute.ints, np.int64),
+        "value_string": lambda: np.asarray(attribute.s.decode(errors="replace"), object),
+        "value_strings": lambda: np.asarray([s.decode(errors="replace") for s in attribute.strings], object),
+    }
+    make = kinds.get(attribute.name)
+    return None if make is None else np.asarray(make())
+
+
+def type_and_shape(info: onnx.ValueInfoProto) -> tuple[int, Shape | None]:
+    """(element type, shape) of a tensor; (0, None) for sequences, maps and what is not stated."""
+    if not info.type.HasField("tensor_type"):
+        return TensorProto.UNDEFINED, None
+    tensor = info.type.tensor_type
+    if not tensor.HasField("shape"):
+        return tensor.elem_type, None
+    return tensor.elem_type, tuple(
+        dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim
+    )
+
+
+def infer_shapes(model: ModelProto) -> ModelProto:
+    """The model with inferred value_info; the model itself where inference fails (it is only advice)."""
+    try:
+        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except Exception:  # the C++ side raises its own types
+        return model

@@ -1,0 +1,155 @@
+"""One run over one model: rewrite it, prove it, and start over without whatever broke its contract."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from fuser import pipeline
+from fuser.errors import PassError, VerificationError
+from fuser.pipeline import Rewrite
+from fuser.report import Report
+from fuser.rewrite import Contract, RewritePass
+from fuser.sources import Candidate, Source
+
+if TYPE_CHECKING:
+    from fuser.proof import Verification
+
+Passes: TypeAlias = list[RewritePass[Any, Any]]
+Progress: TypeAlias = Callable[[str], None]
+Check: TypeAlias = Callable[[Any, Contract], "Verification"]
+"""(rewritten model, contract) -> how it compares with the original."""
+
+NOTHING: frozenset[Rewrite] = frozenset()
+
+
+class Job:
+    """What is done to one source, and the report of it.
+
+    progress: called with a few words when a stage or a pass begins.
+    """
+
+    def __init__(self, source: Source, passes: Passes, progress: Progress | None) -> None:
+        self._source, self._passes = source, passes
+        self._progress = progress or (lambda stage: None)
+        self.report = Report(source.name)
+        self._candidate: Candidate | None = None
+
+    def rewrite(self) -> None:
+        """Run the passes; one that fails is set aside, with a warning, and the others start over.
+
+        Raises `PassError` when no single pass is at fault.
+        """
+        while True:
+            try:
+                self._keep(*self._attempt(self._passes, NOTHING))
+                return
+            except PassError as error:
+                if not error.pass_name:
+                    raise
+                self._passes = [p for p in self._passes if p.name != error.pass_name]
+                self.report.warnings.append(f"{error}; the pass was set aside")
+
+    def prove(self, check: Check, *, abort: bool) -> None:
+        """Hold each pass to its contract, leave out the rewrites that break it, and keep the rest.
+
+        All together are judged against the truth; the exact passes alone have to be equal bit for bit.
+
+        Raises `VerificationError` when a check fails and `abort` is set, or no rewrite is to blame.
+        """
+        applied = {run.contract for run in self.report.passes if run.applied}
+        if not applied and not self._source.removable_inputs:
+            self.report.unverified = "nothing was changed, so there is nothing to check"
+            return
+        contract = Contract.EXACT if applied == {Contract.EXACT.value} else Contract.ROUNDING
+        with self.stage("verify"):
+            verification = check(self._model(), contract)
+            guilty = self._guilty(self._passes, contract, check, verification, abort=abort)
+            if len(applied) > 1:
+                guilty |= self._guilty_of_exact(check, abort=abort)
+            if guilty:
+                self._leave_out(guilty, contract, check)
+            else:
+                self._conclude(verification)
+
+    def finish(self) -> Any:
+        """Write what is to be written; the result as the user gets it."""
+        assert self._candidate is not None
+        with self.stage("write"):
+            model, self.report.written = self._candidate.finish()
+        return model
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage, and tell of it."""
+        self._progress(name)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = self.report.seconds
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - started
+
+    # -- attempts
+
+    def _attempt(self, passes: Passes, left_out: frozenset[Rewrite]) -> tuple[Report, Candidate]:
+        story = Report(self._source.name)
+        with self.stage("read"):
+            graph = self._source.graph()
+        story.host, story.before = graph.host, graph.summary()
+        with self.stage("passes"):
+            outcome = pipeline.run(graph, passes, leave_out=left_out, progress=self._progress)
+        story.after = graph.summary()
+        story.take(outcome)
+        return story, self._source.candidate(graph)
+
+    def _keep(self, story: Report, candidate: Candidate) -> None:
+        for name in ("host", "before", "after", "passes", "rounds", "applied", "missed"):
+            setattr(self.report, name, getattr(story, name))
+        self._candidate = candidate
+
+    def _model(self) -> Any:
+        assert self._candidate is not None
+        return self._candidate.model
+
+    # -- blame
+
+    def _guilty(
+        self, passes: Passes, contract: Contract, check: Check, verification: Verification, *, abort: bool
+    ) -> frozenset[Rewrite]:
+        """The rewrites without which `passes` keep `contract`; none when they keep it as they are."""
+        from fuser.proof import find_guilty
+
+        if verification.passed or not verification.judged:
+            return NOTHING
+        if abort:
+            raise VerificationError(f"the result is not equivalent to the original: {verification.reason}")
+        story, _ = self._attempt(passes, NOTHING)
+
+        def fine_without(left_out: Iterable[Rewrite]) -> bool:
+            _, candidate = self._attempt(passes, frozenset(left_out))
+            return check(candidate.model, contract).passed
+
+        return frozenset(find_guilty(story.rewrites, fine_without))
+
+    def _guilty_of_exact(self, check: Check, *, abort: bool) -> frozenset[Rewrite]:
+        exact = [p for p in self._passes if p.contract is Contract.EXACT]
+        _, candidate = self._attempt(exact, NOTHING)
+        verification = check(candidate.model, Contract.EXACT)
+        return self._guilty(exact, Contract.EXACT, check, verification, abort=abort)
+
+    def _leave_out(self, guilty: frozenset[Rewrite], contract: Contract, check: Check) -> None:
+        self._keep(*self._attempt(self._passes, guilty))
+        verification = check(self._model(), contract)
+        if not verification.passed:
+            raise VerificationError(f"the result is not equivalent to the original: {verification.reason}")
+        for pass_name, site in sorted(guilty):
+            self.report.warnings.append(
+                f"{pass_name} @ {site} was left out: with it the model is not equivalent to the original"
+            )
+        self._conclude(verification)
+
+    def _conclude(self, verification: Verification) -> None:
+        self.report.verification = verification

@@ -1,0 +1,255 @@
+"""Each kind of model a user can hand over: how to open it as a graph, and how to give the same kind back.
+
+A source never changes what it was given, and can be opened any number of times: leaving a rewrite out means
+starting over without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fuser.errors import InputError
+from fuser.graph import Graph
+
+if TYPE_CHECKING:
+    from fuser.files import ModelFile
+    from fuser.files.save import Layout
+
+
+class Candidate:
+    """A rewritten model: as it is to be verified, and as the user gets it."""
+
+    @cached_property
+    def model(self) -> Any:
+        """For the check; of a model that is to be written, a file that is read back."""
+        raise NotImplementedError
+
+    def finish(self) -> tuple[Any, list[str]]:
+        """The result as the user gets it, and the files that were written."""
+        raise NotImplementedError
+
+
+class Source:
+    """A model as it was given.  A context manager, because a candidate may need scratch space.
+
+    name: what a person would call it.
+    original: what equivalence is judged against.
+    removable_inputs: inputs that the user asked to drop, or that are formalities.
+    """
+
+    def __init__(self, name: str, original: Any) -> None:
+        self.name, self.original = name, original
+        self.removable_inputs: Sequence[str] = ()
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def graph(self) -> Graph:
+        """A fresh graph over the original."""
+        raise NotImplementedError
+
+    def candidate(self, graph: Graph) -> Candidate:
+        """What a rewritten graph amounts to; nothing is made of it before it is asked for."""
+        raise NotImplementedError
+
+
+class OnnxSource(Source):
+    """A model in memory or in a file.
+
+    read: gives the model anew, as a `ModelFile` that may be edited in place.
+    hand_back: makes of the edited one what the user expects; None where that is the path of `output`.
+    output: where it is to be written, if anywhere.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        original: Any,
+        read: Callable[[], ModelFile],
+        hand_back: Callable[[ModelFile], Any] | None,
+        output: Path | None,
+        layout: Layout,
+        freeze_inputs: bool,
+    ) -> None:
+        super().__init__(name, original)
+        self.hand_back, self.output, self.layout = hand_back, output, layout
+        self._read, self._freeze_inputs = read, freeze_inputs
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def __exit__(self, *_: object) -> None:
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def graph(self) -> Graph:
+        from fuser.graphs.onnx import OnnxGraph
+
+        graph = OnnxGraph(self._read(), freeze_inputs=self._freeze_inputs)
+        self.removable_inputs = graph.removable_inputs
+        return graph
+
+    def candidate(self, graph: Any) -> Candidate:
+        return _OnnxCandidate(self, graph)
+
+    def scratch(self) -> Path:
+        """A file to write a candidate to; it goes with the source."""
+        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="fuser-")
+        return Path(self._scratch.name) / "candidate.onnx"
+
+
+class _OnnxCandidate(Candidate):
+    def __init__(self, source: OnnxSource, graph: Any) -> None:
+        self._source, self._graph = source, graph
+
+    @cached_property
+    def _edited(self) -> ModelFile:
+        edited: ModelFile = self._graph.to_model()
+        return edited
+
+    @cached_property
+    def model(self) -> Any:
+        from fuser import files
+
+        if self._source.hand_back is not None:
+            return self._edited.to_proto()
+        return files.save(self._edited, self._source.scratch()).path
+
+    def finish(self) -> tuple[Any, list[str]]:
+        from fuser import files
+
+        source, written = self._source, []
+        if source.output is not None:
+            saved = files.save(self._edited, source.output, layout=source.layout)
+            written = [str(path) for path in (source.output, saved.data) if path is not None]
+        return source.hand_back(self._edited) if source.hand_back else source.output, written
+
+
+class TorchSource(Source):
+    """A module that is traced, a GraphModule, or an ExportedProgram."""
+
+    def __init__(
+        self, name: str, original: Any, open_graph: Callable[[], Any], hand_back: Callable[[Any], Any] = lambda m: m
+    ) -> None:
+        super().__init__(name, original)
+        self._open, self._hand_back = open_graph, hand_back
+
+    def graph(self) -> Graph:
+        graph: Graph = self._open()
+        return graph
+
+    def candidate(self, graph: Any) -> Candidate:
+        return _TorchCandidate(lambda: self._hand_back(graph.result()))
+
+
+class _TorchCandidate(Candidate):
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make = make
+
+    @cached_property
+    def model(self) -> Any:
+        return self._make()
+
+    def finish(self) -> tuple[Any, list[str]]:
+        return self.model, []
+
+
+def open_source(
+    model: Any,
+    output: str | os.PathLike[str] | None = None,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    freeze_inputs: bool = False,
+    layout: Layout = "auto",
+) -> Source:
+    """The source for `model`; raises `InputError` for a kind that is not understood, or options it has no use for."""
+    target = None if output is None else Path(output)
+    if isinstance(model, (str, os.PathLike)):
+        return _file(Path(model), target, layout, freeze_inputs)
+    kinds = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
+    if kinds & {"onnx.ModelProto", "onnx_graphsurgeon.Graph"}:
+        return _in_memory(model, target, layout, freeze_inputs)
+    if not kinds & {"torch.Module", "torch.ExportedProgram"}:
+        raise InputError(
+            f"cannot optimize a {type(model).__module__}.{type(model).__qualname__}; give the path of an .onnx file, "
+            "an onnx.ModelProto, a gs.Graph, a torch.nn.Module, a torch.fx.GraphModule or an ExportedProgram"
+        )
+    if target is not None:
+        raise InputError("`output` is for ONNX models; save the returned module with torch.save or torch.export.save")
+    return _torch(model, example_inputs, example_kwargs, dynamic_shapes)
+
+
+def default_output(path: Path) -> Path:
+    """`model.onnx` -> `model.fused.onnx`."""
+    return path.with_name(f"{path.name.removesuffix('.onnx')}.fused.onnx")
+
+
+def _file(path: Path, output: Path | None, layout: Layout, freeze_inputs: bool) -> Source:
+    from fuser import files
+
+    output = output or default_output(path)
+    return OnnxSource(path.name, path, lambda: files.load(path), None, output, layout, freeze_inputs)
+
+
+def _in_memory(model: Any, output: Path | None, layout: Layout, freeze_inputs: bool) -> Source:
+    import onnx
+
+    from fuser.files import ModelFile
+
+    hand_back: Callable[[ModelFile], Any] = ModelFile.to_proto
+    name = model.name if not isinstance(model, onnx.ModelProto) else model.graph.name
+    if not isinstance(model, onnx.ModelProto):
+        import onnx_graphsurgeon as gs
+
+        model = gs.export_onnx(model)
+
+        def hand_back(done: ModelFile) -> Any:
+            return gs.import_onnx(done.to_proto())
+
+    return OnnxSource(
+        name or "model", model, lambda: ModelFile.from_proto(model), hand_back, output, layout, freeze_inputs
+    )
+
+
+def _torch(
+    model: Any, example_inputs: Sequence[Any] | None, example_kwargs: Mapping[str, Any] | None, dynamic_shapes: Any
+) -> Source:
+    import torch
+
+    from fuser.graphs.torch import TorchGraph
+
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(example_inputs).__name__}")
+    name = type(model).__name__
+    if isinstance(model, torch.export.ExportedProgram):
+        return TorchSource(name, model, lambda: TorchGraph.from_exported_program(model))
+    if isinstance(model, torch.fx.GraphModule):
+        return TorchSource(name, model, lambda: TorchGraph.from_graph_module(model))
+    if example_inputs is None:
+        return TorchSource(name, model, lambda: TorchGraph.from_module(model))
+    program = _export(model, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)
+    return TorchSource(name, model, lambda: TorchGraph.from_exported_program(program), lambda done: done.module())
+
+
+def _export(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
+    import torch
+
+    try:
+        # It tells of its attempts on stderr; the error that matters is raised.
+        with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
+            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"torch.export cannot capture this {type(module).__name__}: {first}") from error

@@ -1,0 +1,460 @@
+"""The ONNX graph without any pass: what it reads, and what its verbs leave behind."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx_models import batch_norm, body, conv, conv_constants, model, node, op_types
+
+from fuser import ops
+from fuser.errors import InputError
+from fuser.files import ModelFile
+from fuser.graphs.onnx import OnnxGraph
+from fuser.remarks import Missed
+
+
+def graph_of(proto: onnx.ModelProto, **options: bool) -> OnnxGraph:
+    return OnnxGraph(ModelFile.from_proto(proto), **options)
+
+
+def written(graph: OnnxGraph) -> onnx.ModelProto:
+    graph.commit()
+    proto = graph.to_model().to_proto()
+    onnx.checker.check_model(proto)
+    return proto
+
+
+def the(graph: OnnxGraph, kind: type[ops.Op]) -> ops.Op:
+    (op,) = graph.ops(kind)
+    return op
+
+
+# -- nothing touched, nothing changed
+
+
+def test_a_graph_that_is_only_read_leaves_the_same_bytes() -> None:
+    proto = model([conv(), batch_norm()], constants=conv_constants())
+    before = proto.SerializeToString(deterministic=True)
+    graph = graph_of(proto)
+    list(graph.ops(ops.Op))
+    graph.summary()
+    graph.commit()
+    assert graph.to_model().to_proto().SerializeToString(deterministic=True) == before
+    assert proto.SerializeToString(deterministic=True) == before
+
+
+def test_what_an_edit_does_not_touch_keeps_its_bytes_and_metadata() -> None:
+    proto = model([conv(), batch_norm("c", "b"), node("Relu", ["b"])], constants=conv_constants(), ir_version=10)
+    proto.metadata_props.add(key="owner", value="me")
+    proto.graph.doc_string = "a graph"
+    proto.graph.input[0].type.denotation = "IMAGE"
+    proto.graph.node[2].metadata_props.add(key="namespace", value="head")
+    proto.graph.value_info.append(helper.make_tensor_value_info("b", TensorProto.FLOAT, ["N", 4, 6, 6]))
+    graph = graph_of(proto)
+    bn = the(graph, ops.BatchNorm)
+    graph.replace(bn, by=bn.input)
+    after = written(graph)
+    assert after.graph.node[1].SerializeToString() == proto.graph.node[2].SerializeToString()
+    assert [p.key for p in after.metadata_props] == ["owner"]
+    assert after.graph.doc_string == "a graph"
+    assert after.graph.input[0] == proto.graph.input[0]
+    assert [v.name for v in after.graph.value_info] == ["b"]
+    assert after.graph.node[0].metadata_props[0].value == "bn_b"
+    assert [t.name for t in after.graph.initializer] == ["w"]
+
+
+@pytest.mark.parametrize("ir_version", [8, 10])
+def test_a_folded_node_keeps_its_name_and_records_where_it_came_from(ir_version: int) -> None:
+    graph = graph_of(model([conv(), batch_norm()], constants=conv_constants(), ir_version=ir_version))
+    bn = the(graph, ops.BatchNorm)
+    graph.replace(bn, by=bn.input)
+    (only,) = written(graph).graph.node
+    assert only.name == "conv_c"
+    assert "bn_y" in (only.metadata_props[0].value if ir_version >= 10 else only.doc_string)
+
+
+# -- constants
+
+
+def test_set_constants_makes_new_tensors_for_this_call_site_only() -> None:
+    constants = conv_constants()
+    proto = model([conv("x", "c"), conv("c", "y")], constants={"w": constants["w"]})
+    graph = graph_of(proto)
+    first, _ = graph.ops(ops.Conv)
+    graph.set_constants(first, weight=constants["w"] * 2, bias=np.ones(4, np.float32))
+    after = written(graph)
+    assert list(after.graph.node[0].input) == ["x", "w_folded", "conv_c.bias_folded"]
+    assert list(after.graph.node[1].input) == ["c", "w"]
+    tensors = {t.name: numpy_helper.to_array(t) for t in after.graph.initializer}
+    np.testing.assert_array_equal(tensors["w"], constants["w"])
+    np.testing.assert_array_equal(tensors["w_folded"], constants["w"] * 2)
+    np.testing.assert_array_equal(numpy_helper.to_array(proto.graph.initializer[0]), constants["w"])
+
+
+def test_a_new_name_never_collides() -> None:
+    constants = conv_constants()
+    proto = model([conv(), node("Mul", ["c", "w_folded"])], constants={"w": constants["w"], "w_folded": np.float32(3)})
+    graph = graph_of(proto)
+    graph.set_constants(the(graph, ops.Conv), weight=constants["w"])
+    after = written(graph)
+    assert after.graph.node[0].input[1] == "w_folded_2"
+
+
+def test_an_orphaned_weight_is_dropped_and_a_shared_one_stays() -> None:
+    constants = conv_constants()
+    graph = graph_of(model([conv("x", "c"), conv("c", "y")], constants={"w": constants["w"]}))
+    for op in list(graph.ops(ops.Conv)):
+        graph.set_constants(op, weight=constants["w"])
+    assert [t.name for t in written(graph).graph.initializer] == ["w_folded", "w_folded_2"]
+
+
+def test_gemm_is_left_with_alpha_and_beta_one() -> None:
+    constants = {"w": np.ones((4, 3), np.float32)}
+    proto = model([node("Gemm", ["x", "w"], alpha=2.0, beta=0.5, transB=0)], x=("N", 4), constants=constants)
+    graph = graph_of(proto)
+    op = the(graph, ops.Linear)
+    assert (op.alpha, op.beta, op.out_axis) == (2.0, 0.5, 1)
+    graph.set_constants(op, weight=constants["w"] * 2, bias=np.ones(3, np.float32))
+    (gemm,) = written(graph).graph.node
+    assert {a.name for a in gemm.attribute} == {"transB"}
+    assert len(gemm.input) == 3
+
+
+def test_a_matmul_without_bias_gets_an_add_and_reads_as_one_linear() -> None:
+    proto = model([node("MatMul", ["x", "w"])], x=("N", 4), constants={"w": np.ones((4, 3), np.float32)})
+    graph = graph_of(proto)
+    graph.set_constants(the(graph, ops.Linear), bias=np.arange(3, dtype=np.float32))
+    graph.commit()
+    op = the(graph, ops.Linear)
+    np.testing.assert_array_equal(graph.constant(op.bias), [0, 1, 2])
+    assert not list(graph.ops(ops.Elementwise))
+    after = written(graph)
+    assert op_types(after.graph) == ["MatMul", "Add"]
+    assert after.graph.node[1].output[0] == "y"
+
+
+@pytest.mark.parametrize("order", [("m", "b"), ("b", "m")])
+def test_matmul_and_add_in_either_order_are_one_linear(order: tuple[str, str]) -> None:
+    constants = {"w": np.ones((4, 3), np.float32), "b": np.arange(3, dtype=np.float32)}
+    graph = graph_of(model([node("MatMul", ["x", "w"], ["m"]), node("Add", order)], x=("N", 4), constants=constants))
+    op = the(graph, ops.Linear)
+    assert graph.op_producing(op.output).node is op.node
+    np.testing.assert_array_equal(graph.constant(op.bias), [0, 1, 2])
+
+
+KNOWN = {
+    "constant-node": [helper.make_node("Constant", [], ["b"], value_floats=[1.0, 2.0, 3.0, 4.0])],
+    "constant-tensor": [
+        helper.make_node("Constant", [], ["b"], value=numpy_helper.from_array(np.array([1, 2, 3, 4], np.float32)))
+    ],
+    "identity": [node("Identity", ["given"], ["b"])],
+    "arithmetic": [node("Add", ["given", "zero"], ["z"]), node("Sqrt", ["z"], ["q"]), node("Mul", ["q", "q"], ["b"])],
+    "expand-cast-like": [
+        node("CastLike", ["given64", "x"], ["l"]),
+        node("Shape", ["given"], ["s"]),
+        node("Expand", ["l", "s"], ["b"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("case", KNOWN)
+def test_a_bias_that_follows_from_constants_is_constant(case: str) -> None:
+    given = np.array([1, 2, 3, 4], np.float32)
+    constants = {
+        "w": conv_constants()["w"],
+        "given": given,
+        "given64": given.astype(np.float64),
+        "zero": np.float32(0),
+    }
+    graph = graph_of(model([*KNOWN[case], conv("x", "y", "w", "b")], constants=constants))
+    np.testing.assert_allclose(graph.constant(the(graph, ops.Conv).bias), given, rtol=1e-6)
+
+
+def test_constant_of_shape_has_no_size_limit_but_memory() -> None:
+    nodes = [node("ConstantOfShape", ["s"], ["b"]), conv("x", "y", "w", "b")]
+    constants = {"w": conv_constants()["w"], "s": np.array([2**40], np.int64)}
+    graph = graph_of(model(nodes, constants=constants))
+    refusal = graph.constant(the(graph, ops.Conv).bias)
+    assert isinstance(refusal, Missed)
+    assert refusal.code == "not-constant"
+
+
+def test_an_initializer_that_is_an_input_is_overridable_unless_frozen_or_of_ir_3() -> None:
+    def weight(ir_version: int, **options: bool) -> object:
+        constants = conv_constants()
+        proto = model(
+            [conv("x", "y")], constants={"w": constants["w"]}, also_inputs=["w"], ir_version=ir_version, opset=8
+        )
+        graph = graph_of(proto, **options)
+        found = graph.constant(the(graph, ops.Conv).weight)
+        return found.code if isinstance(found, Missed) else "known"
+
+    assert weight(8) == "overridable"
+    assert weight(8, freeze_inputs=True) == "known"
+    assert weight(3) == "known"
+
+
+def test_freezing_drops_the_inputs_and_keeps_the_weights() -> None:
+    proto = model([conv("x", "y")], constants={"w": conv_constants()["w"]}, also_inputs=["w"])
+    graph = graph_of(proto, freeze_inputs=True)
+    assert graph.removable_inputs == ["w"]
+    after = written(graph)
+    assert [i.name for i in after.graph.input] == ["x"]
+    assert [t.name for t in after.graph.initializer] == ["w"]
+
+
+def test_in_ir_3_every_new_initializer_is_listed_as_an_input() -> None:
+    constants = conv_constants()
+    proto = model([conv("x", "y")], constants={"w": constants["w"]}, also_inputs=["w"], ir_version=3, opset=8)
+    graph = graph_of(proto)
+    graph.set_constants(the(graph, ops.Conv), weight=constants["w"] * 2)
+    after = written(graph)
+    assert [i.name for i in after.graph.input] == ["x", "w_folded"]
+
+
+def test_what_comes_out_of_a_dequantizer_is_quantized() -> None:
+    constants = {"q": np.ones((4, 4, 3, 3), np.int8), "s": np.full(4, 0.1, np.float32), "z": np.zeros(4, np.int8)}
+    nodes = [node("DequantizeLinear", ["q", "s", "z"], ["d"], axis=0), node("Identity", ["d"], ["w"]), conv("x", "y")]
+    graph = graph_of(model(nodes, constants=constants))
+    refusal = graph.constant(the(graph, ops.Conv).weight)
+    assert isinstance(refusal, Missed)
+    assert refusal.code == "quantized"
+    (dequantize,) = graph.ops(ops.Dequantize)
+    assert dequantize.axis == 0
+
+
+# -- names and signatures
+
+
+def test_a_graph_output_keeps_its_name() -> None:
+    graph = graph_of(model([conv(), batch_norm()], constants=conv_constants()))
+    bn = the(graph, ops.BatchNorm)
+    assert graph.can_vanish(bn, bn.input)
+    graph.replace(bn, by=bn.input)
+    after = written(graph)
+    assert op_types(after.graph) == ["Conv"]
+    assert list(after.graph.node[0].output) == ["y"]
+
+
+def test_where_both_names_are_in_the_signature_an_identity_stays() -> None:
+    graph = graph_of(model([conv(), batch_norm()], outputs=("c", "y"), constants=conv_constants()))
+    bn = the(graph, ops.BatchNorm)
+    assert not graph.can_vanish(bn, bn.input)
+    assert [reader.name for reader in graph.readers(bn.input)] == ["bn_y", "graph output 'c'"]
+    graph.replace(bn, by=bn.input)
+    after = written(graph)
+    assert op_types(after.graph) == ["Conv", "Identity"]
+    assert [o.name for o in after.graph.output] == ["c", "y"]
+    assert [t.name for t in after.graph.initializer] == ["w"]
+
+
+def test_other_readers_are_rewired() -> None:
+    nodes = [node("Relu", ["x"], ["r"]), node("Identity", ["r"], ["i"]), node("Add", ["i", "i"], ["a"])]
+    graph = graph_of(model([*nodes, node("Mul", ["a", "r"])]))
+    identity = the(graph, ops.Identity)
+    graph.replace(identity, by=identity.input)
+    after = written(graph)
+    assert [list(n.input) for n in after.graph.node] == [["x"], ["r", "r"], ["a", "r"]]
+
+
+def test_one_reader_is_listed_once_for_each_use() -> None:
+    graph = graph_of(model([node("Relu", ["x"], ["r"]), node("Add", ["r", "r"])]))
+    (add,) = graph.ops(ops.Elementwise)
+    assert [reader.name for reader in graph.readers(add.left)] == ["add_y", "add_y"]
+
+
+# -- bodies and functions
+
+
+def branch_model(inner: list[onnx.NodeProto], outer: list[onnx.NodeProto], **constants: np.ndarray) -> onnx.ModelProto:
+    then = body(inner, [inner[-1].output[0]])
+    other = body([node("Neg", ["x"], ["n"])], ["n"])
+    choose = helper.make_node("If", ["flag"], ["y"], name="choose", then_branch=then, else_branch=other)
+    return model([*outer, choose], constants={"flag": np.array(True), **constants})
+
+
+def test_ops_inside_a_body_are_found_with_weights_captured_from_outside() -> None:
+    proto = branch_model([conv("x", "c"), batch_norm("c", "t")], [], **conv_constants())
+    graph = graph_of(proto)
+    bn = the(graph, ops.BatchNorm)
+    assert graph.describe(bn) == "choose/then_branch/bn_t"
+    op = graph.op_producing(bn.input)
+    graph.set_constants(op, weight=graph.constant(op.weight) * 2)
+    graph.replace(bn, by=bn.input)
+    after = written(graph)
+    then = next(a.g for a in after.graph.node[0].attribute if a.name == "then_branch")
+    assert op_types(then) == ["Conv"]
+    assert [t.name for t in then.initializer] == ["w_folded"]
+    assert [o.name for o in then.output] == ["t"] == list(then.node[0].output)
+    assert [t.name for t in after.graph.initializer] == ["flag"]
+
+
+def test_a_capture_by_a_body_is_a_reader_without_a_meaning() -> None:
+    proto = branch_model([batch_norm("c", "t")], [conv("x", "c")], **conv_constants())
+    graph = graph_of(proto)
+    (reader,) = graph.readers(the(graph, ops.BatchNorm).input)
+    assert reader.name == "choose/then_branch/bn_t"
+    assert reader.op is None
+
+
+def test_a_body_that_defines_an_outer_name_again_is_left_alone() -> None:
+    proto = branch_model([conv("x", "c"), batch_norm("c", "t")], [node("Relu", ["x"], ["c"])], **conv_constants())
+    graph = graph_of(proto)
+    assert not list(graph.ops(ops.BatchNorm))
+    assert "captured inside choose/then_branch" in [r.name for r in graph.readers(graph.wiring.scopes[0].names["w"])]
+
+
+def function_model() -> onnx.ModelProto:
+    inner = [
+        helper.make_node("Constant", [], ["w"], value=numpy_helper.from_array(np.ones((4, 4, 1, 1), np.float32))),
+        helper.make_node("Conv", ["a"], ["c"], name="inner"),
+    ]
+    inner[1].input.append("w")
+    function = helper.make_function("custom", "Block", ["a"], ["c"], inner, [helper.make_opsetid("", 17)])
+    return model([helper.make_node("Block", ["x"], ["y"], domain="custom")], functions=[function])
+
+
+def test_in_a_function_a_new_constant_is_a_node() -> None:
+    graph = graph_of(function_model())
+    op = the(graph, ops.Conv)
+    assert graph.describe(op) == "custom:Block/inner"
+    graph.set_constants(op, weight=np.full((4, 4, 1, 1), 2, np.float32))
+    after = written(graph)
+    assert [n.op_type for n in after.functions[0].node] == ["Constant", "Conv"]
+    assert not after.graph.initializer
+    value = numpy_helper.to_array(after.functions[0].node[0].attribute[0].t)
+    np.testing.assert_array_equal(value, np.full((4, 4, 1, 1), 2))
+
+
+def test_an_attribute_that_the_caller_of_a_function_decides_is_not_read() -> None:
+    proto = function_model()
+    attribute = proto.functions[0].node[1].attribute.add(name="group", type=onnx.AttributeProto.INT)
+    attribute.ref_attr_name = "groups"
+    proto.functions[0].attribute.append("groups")
+    assert not list(graph_of(proto).ops(ops.Conv))
+
+
+# -- what is left alone
+
+
+def test_a_custom_operator_is_left_alone_even_when_nobody_reads_it() -> None:
+    mine = helper.make_node("Log", ["x"], ["nobody"], domain="custom")
+    graph = graph_of(model([mine, node("Relu", ["x"], ["dead"]), node("Relu", ["x"])]))
+    assert [graph.describe(op) for op in graph.ops(ops.Dead)] == ["relu_dead"]
+
+
+def test_dead_chains_are_found_from_their_end() -> None:
+    graph = graph_of(model([node("Relu", ["x"], ["a"]), node("Relu", ["a"], ["b"]), node("Neg", ["x"])]))
+    for op in graph.ops(ops.Dead):
+        graph.erase(op)
+    assert op_types(written(graph).graph) == ["Neg"]
+
+
+@pytest.mark.parametrize("opset", [6, 5])
+def test_before_opset_7_nothing_is_read(opset: int) -> None:
+    graph = graph_of(model([conv()], outputs=("c",), constants={"w": conv_constants()["w"]}, opset=opset))
+    assert not list(graph.ops(ops.Conv))
+
+
+# -- readers
+
+
+def test_batch_norm_is_training_by_attribute_or_by_its_outputs() -> None:
+    def training(opset: int, *, outputs: tuple[str, ...] = (), **attributes: object) -> bool:
+        proto = model([conv(), batch_norm(outputs=outputs, **attributes)], constants=conv_constants(), opset=opset)
+        return the(graph_of(proto), ops.BatchNorm).training
+
+    assert not training(17)
+    assert training(17, training_mode=1, outputs=("m", "v"))
+    assert training(9, outputs=("m", "v", "sm", "sv"))
+    assert not training(9, outputs=("", "", "", ""))
+
+
+def test_batch_norm_7_with_spatial_0_is_not_per_channel() -> None:
+    proto = model([conv(), batch_norm(spatial=0)], constants=conv_constants(), opset=8)
+    assert not the(graph_of(proto), ops.BatchNorm).per_channel
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({}, ((0, 0), (0, 0))),
+        ({"pads": [1, 2, 3, 4]}, ((1, 3), (2, 4))),
+        ({"auto_pad": "VALID"}, ((0, 0), (0, 0))),
+        ({"auto_pad": "SAME_UPPER"}, None),
+    ],
+)
+def test_padding(attributes: dict[str, object], expected: object) -> None:
+    graph = graph_of(model([conv("x", "y", **attributes)], constants={"w": conv_constants()["w"]}))
+    assert the(graph, ops.Conv).padding == expected
+
+
+@pytest.mark.parametrize(
+    ("opset", "inputs", "attributes", "reads"),
+    [
+        (11, ["x"], {"ratio": 0.5}, True),
+        (13, ["x"], {}, True),
+        (13, ["x", "", "on"], {}, False),
+        (13, ["x", "", "off"], {}, True),
+    ],
+)
+def test_dropout_is_an_identity_unless_training(
+    opset: int, inputs: list[str], attributes: dict[str, object], reads: bool
+) -> None:
+    constants = {"on": np.array(True), "off": np.array(False)}
+    graph = graph_of(model([node("Dropout", inputs, **attributes)], constants=constants, opset=opset))
+    assert bool(list(graph.ops(ops.Identity))) is reads
+
+
+def test_a_dropout_whose_mask_is_read_is_not_an_identity() -> None:
+    nodes = [node("Dropout", ["x"], ["d", "mask"]), node("Where", ["mask", "d", "d"])]
+    assert not list(graph_of(model(nodes)).ops(ops.Identity))
+
+
+def test_a_cast_to_the_type_it_has_is_an_identity() -> None:
+    def identities(to: int) -> int:
+        return len(list(graph_of(model([node("Cast", ["x"], to=to)])).ops(ops.Identity)))
+
+    assert identities(TensorProto.FLOAT) == 1
+    assert identities(TensorProto.DOUBLE) == 0
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+@pytest.mark.parametrize(("axes", "reads"), [([2, 3], True), ([-1, -2], True), ([1, 2], False), ([0], False)])
+def test_the_mean_over_spatial_axes_is_a_pool(opset: int, axes: list[int], reads: bool) -> None:
+    if opset >= 18:
+        graph = graph_of(model([node("ReduceMean", ["x", "axes"])], constants={"axes": np.array(axes)}, opset=opset))
+    else:
+        graph = graph_of(model([node("ReduceMean", ["x"], axes=axes)], opset=opset))
+    assert bool(list(graph.ops(ops.AveragePool))) is reads
+
+
+# -- models that are no graphs
+
+
+def test_a_cycle_is_one_clear_line() -> None:
+    proto = model([node("Add", ["x", "b"], ["a"]), node("Relu", ["a"], ["b"]), node("Relu", ["b"])])
+    with pytest.raises(InputError, match="depend on each other in a circle"):
+        graph_of(proto)
+
+
+def test_a_value_produced_twice_is_one_clear_line() -> None:
+    with pytest.raises(InputError, match="two nodes produce the value 'y'"):
+        graph_of(model([node("Relu", ["x"]), node("Neg", ["x"])]))
+
+
+def test_nodes_out_of_order_are_read_in_order_and_written_where_they_were() -> None:
+    proto = model([node("Relu", ["a"]), node("Identity", ["x"], ["a"])])
+    graph = graph_of(proto)
+    assert [n.op for n in graph.wiring.order] == ["Identity", "Relu"]
+    assert graph.to_model().to_proto() == proto
+
+
+def test_summary_counts_nodes_parameters_and_bytes() -> None:
+    graph = graph_of(model([conv(), batch_norm()], constants=conv_constants()))
+    summary = graph.summary()
+    assert summary.ops == {"Conv": 1, "BatchNormalization": 1}
+    assert summary.parameters == 4 * 4 * 9 + 16
+    assert summary.bytes == 4 * summary.parameters
