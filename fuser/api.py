@@ -98,6 +98,7 @@ def optimize(
             source.original,
             candidate,
             example_inputs=example_inputs,
+            example_kwargs=example_kwargs,
             inputs=inputs,
             input_shapes=input_shapes,
             contract=contract.value,

@@ -23,7 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console()
+PIPE_WIDTH = 120
+"""Columns where there is no terminal to ask."""
+
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH)
 err = Console(stderr=True)
 
 In = Annotated[Path, typer.Argument(metavar="IN", help="An .onnx file.")]

@@ -24,6 +24,9 @@ Check: TypeAlias = Callable[[Any, Contract], "Verification"]
 
 NOTHING: frozenset[Rewrite] = frozenset()
 
+UNVERIFIABLE = "unverifiable"
+"""The verdict on a model that cannot be run here; it says nothing against the rewrites."""
+
 
 class Job:
     """What is done to one source, and the report of it.
@@ -120,12 +123,12 @@ class Job:
         self, passes: Passes, contract: Contract, check: Check, verification: Verification, *, abort: bool
     ) -> frozenset[Rewrite]:
         """The rewrites without which `passes` keep `contract`; none when they keep it as they are."""
-        from fuser.proof import find_guilty
-
-        if verification.passed or not verification.judged:
+        if verification.passed or verification.verdict == UNVERIFIABLE:
             return NOTHING
         if abort:
             raise VerificationError(f"the result is not equivalent to the original: {verification.reason}")
+        from fuser.proof import find_guilty
+
         story, _ = self._attempt(passes, NOTHING)
 
         def fine_without(left_out: Iterable[Rewrite]) -> bool:
@@ -153,3 +156,5 @@ class Job:
 
     def _conclude(self, verification: Verification) -> None:
         self.report.verification = verification
+        if verification.verdict == UNVERIFIABLE:
+            self.report.unverified = verification.reason

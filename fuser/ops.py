@@ -149,11 +149,12 @@ class Dequantize(Op):
 class Constant(Op):
     """A node whose inputs are all known before run time, so that its output is too.
 
-    elements_in, elements_out: how many elements it reads and makes.
+    elements_made: how many elements its outputs have.
+    elements_freed: how many elements of constants nobody would read any more without it.
     """
 
-    elements_in: int
-    elements_out: int
+    elements_made: int
+    elements_freed: int
 
 
 @dataclass(frozen=True, eq=False)

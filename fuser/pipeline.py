@@ -46,10 +46,6 @@ class Outcome:
     history: list[Remark] = field(default_factory=list)
     rounds: int = 0
 
-    @property
-    def rewrites(self) -> list[Rewrite]:
-        return [(remark.pass_name, remark.site) for remark in self.applied]
-
 
 def run(
     graph: Graph,

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fuser.graph import Summary
-from fuser.pipeline import Outcome, PassRun
+from fuser.pipeline import Outcome, PassRun, Rewrite
 from fuser.remarks import Remark
 
 
@@ -32,9 +32,9 @@ class Report:
     """
 
     model: str
-    host: str
-    before: Summary
-    after: Summary
+    host: str = ""
+    before: Summary = field(default_factory=Summary)
+    after: Summary = field(default_factory=Summary)
     passes: list[PassRun] = field(default_factory=list)
     applied: list[Remark] = field(default_factory=list)
     missed: list[Remark] = field(default_factory=list)
@@ -45,10 +45,15 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     written: list[str] = field(default_factory=list)
 
-    def take(self, outcome: Outcome, after: Summary) -> None:
-        """Tell the story of `outcome`; what was told of an earlier attempt is forgotten."""
-        self.passes, self.rounds, self.after = outcome.runs, outcome.rounds, after
+    def take(self, outcome: Outcome) -> None:
+        """Tell of the passes that ran."""
+        self.passes, self.rounds = outcome.runs, outcome.rounds
         self.applied, self.missed = outcome.applied, outcome.missed
+
+    @property
+    def rewrites(self) -> list[Rewrite]:
+        """The applied rewrites, in order, under the names that tell a run to leave them out."""
+        return [(remark.pass_name, remark.site) for remark in self.applied]
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in JSON's types."""
@@ -92,10 +97,10 @@ class Report:
                 f"{overridable} candidates are held back because their weights are also graph inputs (overridable): "
                 f"--freeze-inputs makes those inputs constant, folds them, and removes them from the signature."
             )
-        if self.verification is not None:
-            yield f"verified: {self.verification}"
-        elif self.unverified:
+        if self.unverified:
             yield f"not verified: {self.unverified}"
+        elif self.verification is not None:
+            yield f"verified: {self.verification}"
         yield from (f"wrote {path}" for path in self.written)
 
     def __str__(self) -> str:
@@ -105,7 +110,7 @@ class Report:
 
     def _nothing(self) -> str:
         if not self.missed:
-            return "0 rewrites: nothing in this model is a candidate; an exporter or another tool may have folded it already."
+            return "0 rewrites: nothing here is a candidate; an exporter or another tool may have folded it already."
         return f"0 rewrites: {len(self.missed)} candidates were looked at, and each has its reason above."
 
     def _passes_table(self) -> Table:
@@ -136,7 +141,9 @@ class Report:
         return table
 
     def _missed_table(self) -> Table:
-        table = Table("missed", "pass", "first of them", "why", box=None, pad_edge=False)
+        table = Table("missed", "pass", box=None, pad_edge=False)
+        for name in ("first of them", "why"):
+            table.add_column(name, overflow="fold")
         counts = Counter((remark.pass_name, remark.code) for remark in self.missed)
         first = {(remark.pass_name, remark.code): remark for remark in reversed(self.missed)}
         for key, count in counts.most_common():

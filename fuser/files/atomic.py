@@ -32,7 +32,9 @@ class Replacement:
 
         with Replacement(path) as new:
             new.write(...)
+            new.prepare()
             new.commit()
+            new.sync_folder()
 
     Nothing is seen at `path` before `commit`, and nothing stays when it is not reached.  An existing file's
     permissions and, if allowed, owner are kept.  Raises `OSError`.
@@ -96,8 +98,7 @@ class Replacement:
         os.fsync(self._fd)
 
     def commit(self) -> None:
-        """Give the file its place; on return that is on the disk too."""
-        self.prepare()
+        """Give the prepared file its place.  File systems keep the order of such steps through a power failure."""
         if self._name is None and not self._link(self.path):
             while not self._link(name := self._hidden()):
                 pass
@@ -105,6 +106,9 @@ class Replacement:
         if self._name:
             os.replace(self._name, self.path)
             self._name = None
+
+    def sync_folder(self) -> None:
+        """Bring the names to the disk."""
         os.fsync(self._folder)
 
     def _open(self) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fuser.errors import InputError
 from fuser.files.sources import File
+from fuser.files.tensors import shown
 
 
 class DataFiles:
@@ -40,25 +41,22 @@ class DataFiles:
         return {(file.identity.device, file.identity.inode) for file in self._files.values()}
 
     def _path(self, location: str, tensor: str) -> Path:
+        whose = f"the data of tensor {shown(tensor)}"
         if not self._folders:
-            raise InputError(
-                f"the data of tensor {tensor!r} is in the file {location!r}: say in which folder (base_dir)"
-            )
-        for pure in (PurePosixPath(location), PureWindowsPath(location)):
-            if pure.is_absolute() or pure.drive or pure.root or ".." in pure.parts:
-                raise InputError(f"the data of tensor {tensor!r} lies outside the model's folder: {location!r}")
+            raise InputError(f"{whose} is in the file {shown(location)}: say in which folder (base_dir)")
         if not location or "\0" in location:
-            raise InputError(f"the data of tensor {tensor!r} is in a file without a usable name: {location!r}")
+            raise InputError(f"{whose} is in a file without a usable name: {shown(location)}")
+        for pure in (PurePosixPath(location), PureWindowsPath(location)):
+            if pure.anchor or ".." in pure.parts:
+                raise InputError(f"{whose} lies outside the model's folder: {shown(location)}")
         inside = [os.path.realpath(folder) for folder in self._folders]
         for folder in self._folders:
             path = os.path.realpath(folder / location)
             if os.path.lexists(path):
                 if not any(os.path.commonpath([path, home]) == home for home in inside):
-                    raise InputError(
-                        f"the data of tensor {tensor!r} lies outside the model's folder: {location!r} leads to {path!r}"
-                    )
+                    raise InputError(f"{whose} lies outside the model's folder: {shown(location)} leads to {path}")
                 return Path(path)
-        raise InputError(f"the data of tensor {tensor!r} is missing: no file {location!r} in {self._folders[0]}")
+        raise InputError(f"{whose} is missing: no file {shown(location)} in {self._folders[0]}")
 
 
 class DataFile:

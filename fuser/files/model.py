@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from fuser.errors import InputError
 from fuser.files import skeleton, tensors, wire
 from fuser.files.external import DataFiles
 from fuser.files.sources import Blob, Borrowed, File, Source, Spool
-from fuser.files.tensors import Array
+from fuser.files.tensors import Array, shown
 
 _RESERVED = "<fuser>/"  # begins the locations that are no files
 _NEW = _RESERVED + "new"
@@ -51,6 +51,8 @@ def load(path: str | os.PathLike[str]) -> ModelFile:
         data, typed = skeleton.slim(file, file.size, location)
         proto = onnx.ModelProto.FromString(data)
         _check_text(proto)
+        if location != _MODEL and _RESERVED.encode() in data:
+            _check_locations(tensors_of(proto))
     except (wire.Malformed, DecodeError) as error:
         raise InputError(f"{path} {_other_format(file) or f'is truncated or corrupt: {error}'}") from None
     except InputError as error:
@@ -62,7 +64,7 @@ def load(path: str | os.PathLike[str]) -> ModelFile:
     model = ModelFile(proto, data, path=path, whole=file, sources={location: file}, typed=typed, data=folders)
     try:
         _check_tensors(model)
-    except InputError as error:
+    except (InputError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}") from None
     return model
 
@@ -122,6 +124,7 @@ class ModelFile:
             _copy(tensor, new, "raw_data")
             _refer(new, location, 0, source.size)
         data = DataFiles([] if base_dir is None else [Path(os.path.abspath(base_dir))])
+        _check_locations(proto.graph.initializer)
         is_external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer)
         model = cls(slim, b"", sources=sources, data=data, is_external=is_external)
         model._original = model.serialized()
@@ -168,6 +171,11 @@ class ModelFile:
     def blob(self, tensor: onnx.TensorProto) -> Blob:
         """Where the values of a referenced tensor lie.  Raises `InputError` when they cannot be there."""
         entries = {entry.key: entry.value for entry in tensor.external_data}
+        # protobuf hands out strings that are not UTF-8 as bytes.
+        if not all(isinstance(text, str) for entry in entries.items() for text in entry):
+            raise InputError(
+                f"the external data of tensor {shown(tensor.name)} is given by names that are not UTF-8 text"
+            )
         location = entries.get("location", "")
         needed = tensors.stored_size(tensor)
         offset = _number(tensor, "offset", entries.get("offset", "0"))
@@ -176,7 +184,7 @@ class ModelFile:
         source = self._source(location) or self._data.find(location, tensor.name)
         if offset + length > source.size:
             raise InputError(
-                f"the data of tensor {tensor.name!r} ends at byte {offset + length:,} of {location!r}, "
+                f"the data of tensor {shown(tensor.name)} ends at byte {offset + length:,} of {shown(location)}, "
                 f"which has {source.size:,}; the file is truncated or belongs to another model"
             )
         return Blob(source, offset, length)
@@ -257,7 +265,9 @@ def _serialize(proto: onnx.ModelProto) -> bytes:
 
 def _number(tensor: onnx.TensorProto, key: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise InputError(f"the external data of tensor {tensor.name!r} has {key} {text[:40]!r}, which is no number")
+        raise InputError(
+            f"the external data of tensor {shown(tensor.name)} has {key} {shown(text)}, which is no number"
+        )
     return int(text)
 
 
@@ -271,6 +281,16 @@ def _check_text(proto: onnx.ModelProto) -> None:
             "".join([value.name for value in values])
     except (TypeError, UnicodeDecodeError):
         raise wire.Malformed("a name in it is not UTF-8 text") from None
+
+
+def _check_locations(tensors: Iterable[onnx.TensorProto]) -> None:
+    """Raise `InputError` for a reference that only a `ModelFile` can hold, and only its own."""
+    for tensor in tensors:
+        for entry in tensor.external_data:
+            if entry.key == "location" and str(entry.value).startswith(_RESERVED):
+                raise InputError(
+                    f"the data of tensor {shown(tensor.name)} is in the memory of another ModelFile; save that first"
+                )
 
 
 def _check_tensors(model: ModelFile) -> None:
@@ -305,6 +325,6 @@ def _other_format(file: File) -> str:
     if head.startswith(b"PK\x03\x04"):
         return "is a zip archive, perhaps a PyTorch checkpoint: export the model with torch.onnx.export first"
     text = head.decode("utf-8", "ignore")  # the last character may be cut off
-    if len(text.encode()) > len(head) - 4 and all(c.isprintable() or c.isspace() for c in text):
+    if len(text.encode()) > len(head) - 4 and all(c.isprintable() or c in "\t\r\n" for c in text):
         return "is a text file, not an ONNX model"
     return ""

@@ -57,6 +57,9 @@ _NUMPY = {
 _PACKED_BITS = {"FLOAT4E2M1": 4, "INT4": 4, "UINT4": 4, "INT2": 2, "UINT2": 2}
 
 
+_MAX_RANK = 64  # numpy's; also bounds the product of hostile dimensions
+
+
 def _formats() -> dict[int, Format]:
     """Every type that the installed onnx and ml_dtypes both know."""
     known = {}
@@ -75,12 +78,12 @@ DATA_TYPES = {format.dtype: data_type for data_type, format in FORMATS.items()}
 def stored_size(tensor: onnx.TensorProto) -> int:
     """The bytes of a tensor's raw data.  Raises `InputError` for a negative dimension or a type without such."""
     dims: list[int] = list(tensor.dims)
-    if min(dims, default=0) < 0:
-        raise InputError(f"tensor {tensor.name!r} has a negative dimension: {dims}; the file is corrupt")
+    if len(dims) > _MAX_RANK or min(dims, default=0) < 0:
+        raise InputError(f"tensor {shown(tensor.name)} has an impossible shape, {shown(dims)}; the file is corrupt")
     format = FORMATS.get(tensor.data_type)
     if format is None:
         found = _type_name(tensor.data_type)
-        raise InputError(f"tensor {tensor.name!r} has raw data of a type that this version cannot read: {found}")
+        raise InputError(f"tensor {shown(tensor.name)} has raw data of a type that this version cannot read: {found}")
     return (math.prod(dims) * format.bits + 7) // 8
 
 
@@ -88,10 +91,17 @@ def check_filled(tensor: onnx.TensorProto, length: int) -> None:
     """Raise `InputError` unless `length` bytes are what the tensor's type and shape take."""
     needed = stored_size(tensor)
     if needed != length:
+        wanted = f"{needed:,}" if needed < 1 << 63 else "more than 2^63"
         raise InputError(
-            f"tensor {tensor.name!r} of shape {list(tensor.dims)} needs {needed:,} bytes and has {length:,}; "
+            f"tensor {shown(tensor.name)} of shape {shown(list(tensor.dims))} needs {wanted} bytes and has {length:,}; "
             "the file is corrupt"
         )
+
+
+def shown(value: object) -> str:
+    """A value from a file, for one line of an error message."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _type_name(data_type: int) -> str:
@@ -121,7 +131,7 @@ def inline_array(tensor: onnx.TensorProto) -> Array:
     try:
         array = onnx.numpy_helper.to_array(tensor)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-        raise InputError(f"tensor {tensor.name!r} cannot be read: {error}") from None
+        raise InputError(f"tensor {shown(tensor.name)} cannot be read: {error}") from None
     format = FORMATS.get(tensor.data_type)
     return array.astype(format.dtype, copy=False) if format else array
 

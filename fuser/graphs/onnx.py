@@ -246,8 +246,21 @@ class OnnxGraph:
                 made = sum(self.known.evaluate(output).size for output in node.outputs if self.wiring.uses(output))
             except CannotEvaluate:
                 continue
-            read = [elements(self.known.shape(tensor) or (None,)) or 0 for tensor in node.inputs]
-            yield Constant(node, node.outputs[0], elements_in=sum(read), elements_out=made)
+            yield Constant(node, node.outputs[0], elements_freed=self._freed(node), elements_made=made)
+
+    def _freed(self, node: gs.Node) -> int:
+        """How many elements of constants nobody reads any more once `node` is gone."""
+        freed, going = 0, [node]
+        while going:
+            for tensor in going.pop().inputs:
+                if tensor.is_empty() or len(self.wiring.uses(tensor)) != 1 or self.wiring.public(tensor):
+                    continue
+                producer = self.producer(tensor)
+                if producer is not None and producer.op != "Constant":
+                    going.append(producer)
+                else:
+                    freed += elements(self.known.shape(tensor) or ()) or 0
+        return freed
 
     def _dead_ops(self) -> Iterator[Dead]:
         """From the end to the start, so that what feeds only dead nodes is dead when it is reached."""

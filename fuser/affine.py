@@ -1,0 +1,165 @@
+"""The algebra: per-channel affine maps, and what they do to the constants of a linear operator.
+
+Arrays in, arrays out; no graph and no framework.  Everything is computed in float64 and rounded once, at the
+end, to the type that is stored.
+
+    after:   s * (W x + b) + t   =  (s W) x + (s b + t)        s belongs to the output channel
+    before:  W (s x + t) + b     =  (W s) x + (W t + b)        s belongs to the input channel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+CHUNK = 1 << 21
+"""How many elements of a weight are held in float64 at a time: 16 MB."""
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelAffine:
+    """y = x * scale + shift, one scale and one shift for each channel; float64, [C] each.
+
+    A map of one channel ([1]) stands for the same scalar on every channel, see `sized`.
+    """
+
+    scale: Array
+    shift: Array
+
+    @classmethod
+    def from_batch_norm(
+        cls, scale: Array | None, bias: Array | None, mean: Array, var: Array, epsilon: float
+    ) -> ChannelAffine:
+        """(x - mean) / sqrt(var + epsilon) * scale + bias; parameters [C] (Ioffe and Szegedy 2015, algorithm 2)."""
+        with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+            s = (1.0 if scale is None else _float64(scale)) / np.sqrt(_float64(var) + epsilon)
+            return cls(s, (0.0 if bias is None else _float64(bias)) - _float64(mean) * s)
+
+    @property
+    def channels(self) -> int:
+        return int(self.scale.size)
+
+    @property
+    def is_finite(self) -> bool:
+        return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
+
+    def __call__(self, x: Array, axis: int) -> Array:
+        """x * scale + shift along `axis`, in float64."""
+        shape = [-1 if i == axis % x.ndim else 1 for i in range(x.ndim)]
+        return _float64(x) * self.scale.reshape(shape) + self.shift.reshape(shape)
+
+    def then(self, outer: ChannelAffine) -> ChannelAffine:
+        """x -> outer(self(x))."""
+        return ChannelAffine(self.scale * outer.scale, self.shift * outer.scale + outer.shift)
+
+    def sized(self, channels: int) -> ChannelAffine:
+        """The same map on `channels` channels; only a scalar can be resized."""
+        if self.channels == channels:
+            return self
+        if self.channels != 1:
+            raise ValueError(f"a map of {self.channels} channels does not fit {channels}")
+        return ChannelAffine(np.repeat(self.scale, channels), np.repeat(self.shift, channels))
+
+    def take(self, channels: Array) -> ChannelAffine:
+        """The map whose channel i is channel `channels[i]` of this one."""
+        return ChannelAffine(self.scale[channels], self.shift[channels])
+
+    def split(self, sizes: Sequence[int]) -> list[ChannelAffine]:
+        """The maps of consecutive runs of channels."""
+        ends = np.cumsum(sizes)
+        return [self.take(np.arange(end - size, end)) for end, size in zip(ends, sizes, strict=True)]
+
+    def scale_only(self) -> ChannelAffine:
+        """x * scale."""
+        return ChannelAffine(self.scale, np.zeros_like(self.shift))
+
+
+@dataclass(frozen=True)
+class WeightLayout:
+    """Where the channels are in the weight of a linear operator.
+
+    conv: [Cout, Cin/groups, *kernel]; transposed conv: [Cin, Cout/groups, *kernel], where row block i of Cin
+    belongs to group i; linear: [out, in], or [in, out] when transposed.
+    """
+
+    transposed: bool = False
+    groups: int = 1
+
+    def outputs(self, shape: Sequence[int]) -> int:
+        """How many output channels a weight of this shape has."""
+        return shape[1] * self.groups if self.transposed else shape[0]
+
+    def inputs(self, shape: Sequence[int]) -> int:
+        """How many input channels a weight of this shape has."""
+        return shape[0] if self.transposed else shape[1] * self.groups
+
+    def along_outputs(self, values: Array, shape: Sequence[int]) -> Array:
+        """[Cout] values, shaped to multiply the weight: each element meets the value of its output channel."""
+        if not self.transposed:
+            return values.reshape(-1, *[1] * (len(shape) - 1))
+        rows = np.repeat(values.reshape(self.groups, -1), shape[0] // self.groups, axis=0)
+        return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
+
+    def along_inputs(self, values: Array, shape: Sequence[int]) -> Array:
+        """[Cin] values, shaped to multiply the weight: each element meets the value of its input channel."""
+        if self.transposed:
+            return values.reshape(-1, *[1] * (len(shape) - 1))
+        rows = np.repeat(values.reshape(self.groups, -1), shape[0] // self.groups, axis=0)
+        return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
+
+
+def scaled(weight: Array, factor: Array, dtype: np.dtype[Any]) -> Array:
+    """weight * factor, computed in float64 and rounded once to `dtype`; `factor` broadcasts against the weight."""
+    out = np.empty(weight.shape, dtype)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for rows in _chunks(weight):
+            out[rows] = (_float64(weight[rows]) * _rows(factor, rows)).astype(dtype)
+    return out
+
+
+def carried(weight: Array, shift: Array, layout: WeightLayout) -> Array:
+    """What a constant [Cin] at every input position adds to each output channel: [Cout].
+
+    The sum over input channels and kernel of weight * shift.
+    """
+    factor = layout.along_inputs(shift, weight.shape)
+    sums = np.empty(weight.shape[:2])
+    for rows in _chunks(weight):
+        product = _float64(weight[rows]) * _rows(factor, rows)
+        sums[rows] = product.reshape(*product.shape[:2], -1).sum(axis=2)
+    if not layout.transposed:
+        return sums.sum(axis=1)
+    return sums.reshape(layout.groups, -1, weight.shape[1]).sum(axis=1).reshape(-1)
+
+
+def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
+    """`values` rounded to `dtype`, overflow to infinity included."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(values).astype(dtype)
+
+
+def is_finite(array: Array) -> bool:
+    """Whether every element is a finite number; without a copy as large as the array."""
+    return (
+        all(bool(np.isfinite(array[rows]).all()) for rows in _chunks(array)) if array.ndim else bool(np.isfinite(array))
+    )
+
+
+def _float64(array: Array) -> Array:
+    return np.asarray(array).astype(np.float64)
+
+
+def _rows(factor: Array, rows: slice) -> Array:
+    return factor[rows] if factor.ndim and factor.shape[0] != 1 else factor
+
+
+def _chunks(array: Array) -> Iterator[slice]:
+    """Slices of the first axis, of about CHUNK elements each."""
+    row = max(1, array.size // max(1, array.shape[0]))
+    step = max(1, CHUNK // row)
+    return (slice(start, start + step) for start in range(0, array.shape[0], step))

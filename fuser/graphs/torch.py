@@ -1,0 +1,545 @@
+"""`Graph` over torch.fx: traced modules, `torch.export` graphs, decomposed ATen, and branches of `torch.cond`.
+
+The graph works on a copy that shares the memory of the user's tensors and nothing else (see `torch_copy`).  New
+constants have names of their own, so loading an old state dict cannot silently undo an edit.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch._ops import OpOverload
+from torch.export import ExportedProgram
+from torch.fx.node import map_arg
+
+from fuser.graph import Array, Dim, Reader, Summary
+from fuser.graphs.torch_calls import Signature, aten, bind, signature, write
+from fuser.graphs.torch_carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
+from fuser.graphs.torch_constants import Constants
+from fuser.graphs.torch_copy import Copier, shallow
+from fuser.graphs.torch_facts import Facts, common_dtype
+from fuser.graphs.torch_meta import TensorLike, meta_tensor
+from fuser.graphs.torch_names import is_tuple, name_sites, operator_name
+from fuser.graphs.torch_purity import can_be_dropped, is_guard, is_private, may_be_written
+from fuser.graphs.torch_readers import (
+    MODULE_OPERANDS,
+    MODULE_READERS,
+    OPERANDS,
+    READERS,
+    Call,
+    Literal,
+    ModuleCall,
+    ModuleTensor,
+    Unreadable,
+    module_class,
+)
+from fuser.graphs.torch_tracing import trace
+from fuser.graphs.torch_values import is_readable, to_array, to_tensor
+from fuser.graphs.torch_wiring import Wiring
+from fuser.ops import Constant, Dead, Op, Value
+from fuser.remarks import Missed
+
+O = TypeVar("O", bound=Op)  # noqa: E741
+
+
+class BiasAdd(NamedTuple):
+    """The addition that gives a matrix product its bias."""
+
+    add: fx.Node
+    bias: fx.Node
+    argument: str
+
+
+class TorchGraph:
+    """A torch.fx graph seen through the vocabulary; see `fuser.graph.Graph` for the contract.
+
+    Values are fx nodes, or `ModuleTensor` and `Literal` for operands that have no node.
+    """
+
+    host = "torch"
+
+    def __init__(self, carrier: Carrier) -> None:
+        self.edits = 0
+        self._carrier = carrier
+        self._wiring = Wiring(carrier)
+        self._called = self._wiring.called
+        self._constants = Constants(self._wiring.order, self._wiring.origin, self._called)
+        self._sites = name_sites(self._wiring.order, self._wiring.scopes, self._constants.is_known)
+        self._facts: Facts | None = None
+        self._module_tensors: dict[tuple[str, str], ModuleTensor] = {}
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> TorchGraph:
+        """Trace a module with `torch.fx`; raises `InputError` where that is not possible."""
+        return cls(ModuleCarrier(trace(module)))
+
+    @classmethod
+    def from_graph_module(cls, module: fx.GraphModule) -> TorchGraph:
+        """A GraphModule: traced, or exported with its parameters as attributes."""
+        return cls(ModuleCarrier(Copier().module(module)))
+
+    @classmethod
+    def from_exported_program(cls, program: ExportedProgram) -> TorchGraph:
+        """An ExportedProgram, with its parameters as inputs of the graph."""
+        return cls(ProgramCarrier(program))
+
+    def result(self) -> Any:
+        """The edited model, of the kind that was given: a GraphModule or an ExportedProgram."""
+        for scope in self._wiring.scopes.values():
+            scope.module.recompile()
+        return self._carrier.result()
+
+    # -- reading
+
+    def ops(self, kind: type[O]) -> Iterator[O]:
+        if kind is Constant:
+            yield from cast(Iterator[O], self._constant_ops())
+        elif kind is Dead:
+            yield from cast(Iterator[O], self._dead_ops())
+        else:
+            for node in self._wiring.order:
+                if (
+                    self._wiring.is_erased(node)
+                    or not issubclass(self._kind(node), kind)
+                    or self._constants.is_known(node)
+                ):
+                    continue
+                op = self.read(node)
+                if isinstance(op, kind) and op.node is node:
+                    yield op
+
+    def read(self, node: fx.Node) -> Op | None:
+        """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
+        try:
+            if (module := self._called(node)) is not None:
+                entry = MODULE_READERS.get(module_class(module))
+                return None if entry is None else entry[1](ModuleCall(self, node, module))
+            found = signature(node)
+            if found is None or found.name not in READERS:
+                return None
+            if found.name == "getitem" and isinstance(source := node.args[0], fx.Node) and is_tuple(source):
+                op = self.read(source)
+                return op if op is not None and op.output is node else None
+            arguments = bind(node, found)
+            return None if arguments is None else READERS[found.name][1](Call(self, node, found.name, arguments))
+        except Unreadable:
+            return None
+
+    def op_producing(self, value: Value) -> Op | None:
+        return self.read(value) if isinstance(value, fx.Node) and not self._constants.is_leaf(value) else None
+
+    def readers(self, value: Value) -> Sequence[Reader]:
+        tensor = self._tensor(value)
+        if tensor is None:
+            return list(self._uses(value)) if isinstance(value, fx.Node) else []
+        found: list[Reader] = []
+        for holder in self._wiring.sharers(tensor):
+            found += [self._reader(holder)] if holder.op == "call_module" else self._uses(holder)
+        return found
+
+    def constant(self, value: Value) -> Array | Missed:
+        if isinstance(value, Literal):
+            return to_array(torch.tensor(value.number, dtype=value.dtype))
+        tensor = self._tensor(value)
+        if tensor is None and isinstance(value, fx.Node):
+            if self._is_dequantized(value):
+                return Missed("quantized", f"{self.describe(value)} is stored quantized")
+            if self._constants.is_known(value):
+                tensor = self._computed(value)
+        if tensor is None:
+            return Missed("not-constant", f"{self.describe(value)} is not known before run time")
+        if not is_readable(tensor):
+            return Missed("not-constant", f"{self.describe(value)} has no numbers: it is a {_kind_of_tensor(tensor)}")
+        return to_array(tensor)
+
+    def shape(self, value: Value) -> tuple[Dim, ...] | None:
+        if isinstance(value, Literal):
+            return ()
+        tensor: TensorLike | None = self._tensor(value)
+        if tensor is None and isinstance(value, fx.Node):
+            tensor = meta_tensor(value)
+        if tensor is None:
+            return None
+        return tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
+
+    def rank(self, value: Value) -> int | None:
+        shape = self.shape(value)
+        if shape is None and isinstance(value, fx.Node):
+            return self._proven.rank.get(value)
+        return None if shape is None else len(shape)
+
+    def can_vanish(self, op: Op, by: Value) -> bool:
+        """Not between an input (or constant) and an output, or two outputs: they would be the same object."""
+        if not isinstance(by, fx.Node) or not _is_output(op.output):
+            return isinstance(by, fx.Node)
+        return by.op not in ("placeholder", "get_attr") and not _is_output(by)
+
+    def describe(self, x: Op | Value) -> str:
+        if isinstance(x, Op):
+            return self._site(x.node)
+        return repr(x.name if isinstance(x, fx.Node) else str(x))
+
+    def summary(self) -> Summary:
+        summary = Summary(
+            dict(Counter(filter(None, (operator_name(node, self._called(node)) for node in self._wiring.alive()))))
+        )
+        stored = {id(tensor): tensor for tensor in self._carrier.tensors()}
+        for tensor in stored.values():
+            summary.bytes += tensor.numel() * tensor.element_size()
+            if tensor.is_floating_point() or tensor.is_complex():  # counters are not parameters
+                summary.parameters += tensor.numel()
+        return summary
+
+    # -- reading, for the dialects
+
+    def dtype(self, value: fx.Node) -> torch.dtype | None:
+        """The type of a value where it is proven."""
+        tensor: TensorLike | None = self._tensor(value)
+        if tensor is None:
+            tensor = meta_tensor(value)
+        return self._proven.dtype.get(value) if tensor is None else tensor.dtype
+
+    def common_dtype(self, left: Any, right: Any) -> torch.dtype | None:
+        """The floating type of two operands, one of which may be a number, if torch promotes neither."""
+        return common_dtype(left, right, self.dtype, self.rank)
+
+    def is_known(self, value: fx.Node) -> bool:
+        """Whether the value is known before run time."""
+        return self._constants.is_known(value)
+
+    def is_same_kind(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether two values have the same type, device and layout in memory, as far as is proven."""
+        x, y = meta_tensor(a), meta_tensor(b)
+        if x is None or y is None:
+            return False
+        return _layout(x) == _layout(y)
+
+    def is_replaceable(self, node: fx.Node, by: fx.Node) -> bool:
+        """Whether readers of `node` may read `by` instead, as far as writing in place is concerned."""
+        if self.is_private(by, node):
+            return True
+        return not (may_be_written(node, self._called) or may_be_written(by, self._called))
+
+    def is_private(self, value: fx.Node, reader: fx.Node) -> bool:
+        """Whether `value` is memory of its own that only `reader` sees."""
+        return is_private(value, reader, self._called)
+
+    def first_output(self, node: fx.Node, alone: bool) -> fx.Node:
+        """The first element of a node that returns several; `alone`: where nobody reads the others."""
+        parts = [user for user in node.users if user.users or user.args[1] == 0]
+        first = [part for part in parts if part.target is operator.getitem and part.args[1] == 0]
+        if len(first) != 1 or (alone and parts != first):
+            raise Unreadable
+        return first[0]
+
+    def bias_add(self, product: fx.Node) -> BiasAdd | None:
+        """The bias of a matrix product: an addition of a constant vector that is its only reader.
+
+        The two read as one `Linear`; as two ops, each would offer the other's constant again for ever.
+        """
+        if len(product.users) != 1:
+            return None
+        add = next(iter(product.users))
+        found = signature(add)
+        arguments = bind(add, found) if found is not None and found.name in ("add", "add_") else None
+        if arguments is None or arguments["alpha"] != 1:
+            return None
+        argument = "other" if arguments["self"] is product else "self"
+        bias = arguments[argument]
+        if not isinstance(bias, fx.Node) or bias is product or not self.is_known(bias):
+            return None
+        weight, shape = self.shape(product.args[1]), self.shape(bias)
+        fits = weight is not None and shape is not None and (len(shape) == 0 or shape in ((1,), weight[1:]))
+        if not fits or self.dtype(bias) != self.dtype(cast(fx.Node, product.args[1])):
+            return None
+        return BiasAdd(add, bias, argument)
+
+    def linear_with_bias(self, add: fx.Node) -> Op | None:
+        """The `Linear` whose bias this node adds."""
+        for operand in add.all_input_nodes:
+            found = signature(operand)
+            if found is not None and found.name in ("mm", "matmul"):
+                bias = self.bias_add(operand)
+                if bias is not None and bias.add is add:
+                    return self.read(operand)
+        return None
+
+    def module_tensor(self, target: str, name: str) -> ModuleTensor:
+        """The one handle of a module's parameter or buffer."""
+        return self._module_tensors.setdefault((target, name), ModuleTensor(target, name))
+
+    # -- editing
+
+    def set_constants(self, op: Op, **arrays: Array) -> None:
+        node: fx.Node = op.node
+        if node.op == "call_module":
+            self._give_module(op, arrays)
+        else:
+            self._give_arguments(op, arrays)
+        self.edits += 1
+
+    def replace(self, op: Op, by: Value) -> None:
+        output: fx.Node = op.output
+        if not self.can_vanish(op, by):
+            self._become_copy(op, by)
+        else:
+            users = list(output.users)
+            self._carrier.replaced(output, by)
+            output.replace_all_uses_with(by)
+            self._erase_op(op)
+            for user in users:
+                self._constants.learn(user)
+        self.edits += 1
+
+    def replace_with_constant(self, op: Op) -> None:
+        node: fx.Node = op.node
+        value = self._constants.value(node)
+        like = self._constants.tensors(node)
+        tensor = value.detach()
+        if _memory(tensor) in map(_memory, like) and tensor.nbytes != tensor.untyped_storage().nbytes():
+            tensor = tensor.clone()  # a slice would keep the whole alive; a transposed weight may share its memory
+        constant = self._new_constant(node, node.name, _as_parameter(tensor, like))
+        users = list(node.users)
+        node.replace_all_uses_with(constant)
+        self._wiring.erase(node)
+        for user in users:
+            self._constants.learn(user)
+        self.edits += 1
+
+    def erase(self, op: Op) -> None:
+        self._erase_op(op)
+        self.edits += 1
+
+    def commit(self) -> None:
+        self._wiring.sweep(self._is_droppable)
+        self._wiring.lint()
+
+    # -- ops that are found, not read
+
+    def _constant_ops(self) -> Iterator[Constant]:
+        """Known nodes at the edge: what only feeds others of their kind goes with them."""
+        for node in self._wiring.order:
+            if self._wiring.is_erased(node) or not self._is_expression(node) or _is_output(node):
+                continue
+            if not any(user.op == "output" or not self._constants.is_known(user) for user in node.users):
+                continue
+            value = self._computed(node)
+            if value is not None:
+                yield Constant(node, node, elements_made=value.numel(), elements_freed=self._freed(node))
+
+    def _freed(self, node: fx.Node) -> int:
+        """How many elements of constants nobody reads any more once `node` is gone."""
+        freed, going = 0, {node}
+        pending = [node]
+        while pending:
+            for operand in pending.pop().all_input_nodes:
+                if operand in going or not all(user in going for user in operand.users):
+                    continue
+                going.add(operand)
+                pending.append(operand)
+                tensor = self._wiring.origin(operand)
+                freed += tensor.numel() if isinstance(tensor, torch.Tensor) else 0
+        return freed
+
+    def _dead_ops(self) -> Iterator[Dead]:
+        """From the end to the start, so that what feeds only dead nodes is dead when it is reached."""
+        for node in reversed(self._wiring.order):
+            if not self._wiring.is_erased(node) and not node.users and self._is_droppable(node):
+                yield Dead(node, node)
+
+    # -- reading, inside
+
+    def _kind(self, node: fx.Node) -> type[Op]:
+        """What kind of op the node can be; `Op` itself for a node without a word."""
+        module, found = self._called(node), signature(node)
+        entry: Any = None
+        if module is not None:
+            entry = MODULE_READERS.get(module_class(module))
+        elif found is not None:
+            entry = READERS.get(found.name)
+        return entry[0] if entry is not None else Op
+
+    def _tensor(self, value: Value) -> torch.Tensor | None:
+        """The tensor that is stored under this value, even where its numbers cannot be read."""
+        if isinstance(value, ModuleTensor):
+            module = attribute(self._carrier.module, value.target)
+            found: Any = module._parameters.get(value.name, module._buffers.get(value.name))
+        else:
+            found = value
+        while isinstance(found, fx.Node):
+            found = self._wiring.origin(found)
+        return found if isinstance(found, torch.Tensor) and not self._constants.is_written(found) else None
+
+    def _computed(self, node: fx.Node) -> torch.Tensor | None:
+        """The value of an expression of constants; None where it is no tensor."""
+        try:
+            value = self._constants.value(node)
+        except Exception:  # any failure of a single node only means that it stays in the graph
+            return None
+        return value if isinstance(value, torch.Tensor) and is_readable(value) else None
+
+    def _is_expression(self, node: fx.Node) -> bool:
+        return self._constants.is_known(node) and self._wiring.origin(node) is None
+
+    def _is_dequantized(self, node: fx.Node) -> bool:
+        found = signature(node)
+        quantized = found is not None and found.name.startswith("dequantize_")
+        return quantized and all(map(self._constants.is_known, node.all_input_nodes))
+
+    def _is_droppable(self, node: fx.Node) -> bool:
+        if node.op not in ("call_function", "call_method", "call_module") or self._carrier.is_named(node):
+            return False
+        return can_be_dropped(node, self._called(node))
+
+    def _reader(self, node: fx.Node) -> Reader:
+        return Reader(self._site(node), self.read(node))
+
+    def _uses(self, value: fx.Node) -> Iterator[Reader]:
+        """One reader for each time that a node takes `value`."""
+        for user in value.users:
+            taken: list[fx.Node] = []
+            map_arg((user.args, user.kwargs), taken.append)
+            if user.op == "output":
+                label = self._wiring.scope(user).label or "graph"
+                yield from (Reader(f"{label} output {i}", None) for i, node in enumerate(taken) if node is value)
+            elif not is_guard(self._called(user)):
+                yield from [self._reader(user)] * taken.count(value)
+
+    @property
+    def _proven(self) -> Facts:
+        if self._facts is None:
+            self._facts = Facts(self._wiring.order, self._called, self._tensor)
+        return self._facts
+
+    def _site(self, node: fx.Node) -> str:
+        return self._sites.get(node, node.name)
+
+    # -- editing, inside
+
+    def _give_module(self, op: Op, arrays: dict[str, Array]) -> None:
+        """Let the call site call a module of its own."""
+        node: fx.Node = op.node
+        old = cast(nn.Module, self._called(node))
+        names = MODULE_OPERANDS[type(op)]
+        module = shallow(old)
+        for field, array in arrays.items():
+            name = names[field]
+            like = getattr(old, name, None)
+            if name in module._buffers:
+                module._buffers[name] = to_tensor(array, cast(torch.Tensor, like))
+            else:
+                like = like if isinstance(like, torch.Tensor) else next(old.parameters())
+                module._parameters[name] = cast(nn.Parameter, _as_parameter(to_tensor(array, like), [like]))
+        self._wiring.call_own(node, module)
+
+    def _give_arguments(self, op: Op, arrays: dict[str, Array]) -> None:
+        node: fx.Node = op.node
+        found = cast(Signature, signature(node))
+        if found.name in ("mm", "matmul") and "bias" in arrays:
+            bias = self.bias_add(node)
+            if bias is None:
+                self._give_bias(op, found, arrays)
+                return
+            arrays = dict(arrays)
+            old = bias.bias
+            new = self._constant_for(bias.add, "bias", arrays.pop("bias"), old, op)
+            write(bias.add, cast(Signature, signature(bias.add)), bias.argument, new)
+            self._wiring.loosen(old)
+        for field, array in arrays.items():
+            self._give_argument(op, found, field, array)
+        if found.name == "addmm":
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("alpha", "beta")}
+
+    def _give_argument(self, op: Op, found: Signature, field: str, array: Array) -> None:
+        node: fx.Node = op.node
+        name = OPERANDS[found.name][field]
+        old = (bind(node, found) or {})[name]
+        write(node, found, name, self._constant_for(node, field, array, old, op))
+        if isinstance(old, fx.Node):
+            self._wiring.loosen(old)
+
+    def _give_bias(self, op: Op, found: Signature, arrays: dict[str, Array]) -> None:
+        """A matrix product with a bias is another operator: `addmm`, or `linear` where there are batch axes."""
+        node: fx.Node = op.node
+        data, weight = cast(tuple[fx.Node, fx.Node], tuple((bind(node, found) or {}).values())[:2])
+        is_aten = isinstance(node.target, OpOverload)
+        array = arrays.get("weight")
+        bias = self._constant_for(node, "bias", arrays["bias"], None, op)
+        if found.name == "mm":
+            new = weight if array is None else self._constant_for(node, "weight", array, weight, op)
+            target: Any = aten.addmm.default if is_aten else torch.addmm
+            args = (bias, data, new)
+        else:
+            if array is None:
+                array = cast(Array, self.constant(weight))
+            new = self._constant_for(node, "weight", array.T, weight, op)
+            target, args = aten.linear.default if is_aten else F.linear, (data, new, bias)
+        self._wiring.become(node, target, args)
+
+    def _constant_for(self, user: fx.Node, field: str, array: Array, old: Any, op: Op) -> fx.Node:
+        """A new constant for one operand, like the one it takes the place of, or like another of the op's."""
+        operands = [old, *(value for value in vars(op).values() if isinstance(value, fx.Node))]
+        source = next((x for x in operands if isinstance(x, fx.Node) and self._constants.is_known(x)), None)
+        if source is None:
+            device = next((tensor.device for tensor in self._carrier.tensors()), None)
+            return self._new_constant(user, f"{user.name}_{field}", to_tensor(array, torch.empty(0, device=device)))
+        leaves = self._constants.leaves(source)
+        target = self._carrier.target(leaves[0]) if len(leaves) == 1 else None
+        if target is None:
+            base = f"{user.name}_{field}"
+        else:
+            base = target if source is old else f"{target.rpartition('.')[0]}.{field}".lstrip(".")
+        like = cast(torch.Tensor, self._constants.value(source))
+        return self._new_constant(user, base, _as_parameter(to_tensor(array, like), self._constants.tensors(source)))
+
+    def _new_constant(self, user: fx.Node, base: str, tensor: torch.Tensor) -> fx.Node:
+        made = self._wiring.new_constant(user, base, tensor)
+        for node in made.values():
+            self._constants.learn(node)
+        return made[user.graph]
+
+    def _become_copy(self, op: Op, by: fx.Node) -> None:
+        target = aten.clone.default if isinstance(op.node.target, OpOverload) else torch.clone
+        self._wiring.become(op.output, target, (by,))
+        if op.node is not op.output:
+            self._wiring.erase(op.node)
+
+    def _erase_op(self, op: Op) -> None:
+        """Erase the nodes of an op: its output, its unread further outputs, and the node itself."""
+        for node in dict.fromkeys((op.output, op.node)):
+            for user in list(node.users):
+                if user.target is operator.getitem and not user.users:
+                    self._wiring.erase(user)
+            self._wiring.erase(node)
+
+
+def _as_parameter(tensor: torch.Tensor, likes: Sequence[torch.Tensor]) -> torch.Tensor:
+    """What is made of parameters is a parameter, trainable where they are."""
+    if not any(isinstance(like, nn.Parameter) for like in likes):
+        return tensor
+    trainable = tensor.is_floating_point() or tensor.is_complex()
+    return nn.Parameter(tensor, requires_grad=trainable and any(like.requires_grad for like in likes))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _is_output(value: fx.Node) -> bool:
+    return any(user.op == "output" for user in value.users)
+
+
+def _kind_of_tensor(tensor: torch.Tensor) -> str:
+    return "tensor on the meta device" if tensor.device.type == "meta" else type(tensor).__name__
+
+
+def _layout(tensor: Any) -> tuple[Any, ...]:
+    """Type, device and place in memory; symbolic sizes by name, so that comparing adds no guards."""
+    strides = tensor.stride() if isinstance(tensor, torch.Tensor) else tensor.stride
+    return tensor.dtype, getattr(tensor, "device", None), tuple(map(str, tensor.shape)), tuple(map(str, strides))

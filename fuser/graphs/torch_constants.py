@@ -1,0 +1,143 @@
+"""Which values of an fx graph are known before run time, and what they are.
+
+Known are the parameters and buffers that nothing writes into, and every deterministic expression of known
+values: `aten.t(weight)`, the arithmetic of weight_norm, `aten.full`.  torch itself computes them, so the bits
+are those of run time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_arg
+
+from fuser.graphs.torch_purity import is_deterministic, written_operands
+from fuser.graphs.torch_values import is_readable
+
+MAX_ELEMENTS = 2**28
+"""No expression of more elements is computed ahead: an `expand` can ask for more memory than there is."""
+
+
+class Constants:
+    """What is known; kept up to date while the graph is edited.
+
+    origin: the tensor that a leaf stands for; for an operand of a `torch.cond` branch the node outside; None
+        for everything else.
+    module: the module that a call_module calls.
+    """
+
+    def __init__(
+        self,
+        nodes: Iterable[fx.Node],
+        origin: Callable[[fx.Node], torch.Tensor | fx.Node | None],
+        module: Callable[[fx.Node], torch.nn.Module | None],
+    ) -> None:
+        self._origin = origin
+        self._known: dict[fx.Node, bool] = {}
+        self._written: set[int] = set()
+        nodes = list(nodes)
+        for node in nodes:
+            self._known[node] = self._is_known(node)
+        written = [operand for node in nodes for operand in written_operands(node, module(node))]
+        leaves = {leaf for operand in written if self._known[operand] for leaf in self.leaves(operand)}
+        if leaves:
+            self._written = {id(self._tensor(leaf)) for leaf in leaves}
+            for node in nodes:
+                self._known[node] = self._is_known(node)
+
+    def is_known(self, node: fx.Node) -> bool:
+        return self._known.get(node, False)
+
+    def is_leaf(self, node: fx.Node) -> bool:
+        """A parameter or a buffer, as opposed to an expression of them."""
+        return self.is_known(node) and self._origin(node) is not None
+
+    def is_written(self, tensor: torch.Tensor) -> bool:
+        """Whether the graph writes into the tensor, so that it changes from run to run."""
+        return id(tensor) in self._written
+
+    def learn(self, node: fx.Node) -> None:
+        """Look again at a node whose operands have changed, and at what depends on it."""
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            if not self._known.get(node, False) and self._is_known(node):
+                self._known[node] = True
+                pending += node.users
+
+    def leaves(self, node: fx.Node) -> list[fx.Node]:
+        """The parameters and buffers that a known value is made of."""
+        found: dict[fx.Node, None] = {}
+        pending, seen = [node], {node}
+        while pending:
+            node = pending.pop()
+            origin = self._origin(node)
+            if isinstance(origin, torch.Tensor):
+                found[node] = None
+            inputs = [origin] if isinstance(origin, fx.Node) else node.all_input_nodes
+            pending += [operand for operand in inputs if operand not in seen]
+            seen.update(inputs)
+        return list(found)
+
+    def tensors(self, node: fx.Node) -> list[torch.Tensor]:
+        """The tensors of the leaves."""
+        return [self._tensor(leaf) for leaf in self.leaves(node)]
+
+    def value(self, node: fx.Node) -> Any:
+        """The value of a known node, computed by torch where it is an expression."""
+        values: dict[fx.Node, Any] = {}
+        pending = [node]
+        with torch.no_grad():
+            while pending:
+                top = pending[-1]
+                origin = self._origin(top)
+                inputs = [origin] if isinstance(origin, fx.Node) else [] if origin is not None else top.all_input_nodes
+                missing = [operand for operand in inputs if operand not in values]
+                if missing:
+                    pending += missing
+                    continue
+                pending.pop()
+                if isinstance(origin, fx.Node):
+                    values[top] = values[origin]
+                else:
+                    values[top] = _computed(top, values) if origin is None else origin
+        return values[node]
+
+    def _tensor(self, leaf: fx.Node) -> torch.Tensor:
+        tensor = self._origin(leaf)
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
+
+    def _is_known(self, node: fx.Node) -> bool:
+        origin = self._origin(node)
+        if isinstance(origin, torch.Tensor):
+            return is_readable(origin) and id(origin) not in self._written
+        if isinstance(origin, fx.Node):
+            return self._known.get(origin, False)
+        return (
+            all(self._known.get(operand, False) for operand in node.all_input_nodes)
+            and is_deterministic(node)
+            and _is_affordable(node)
+        )
+
+
+def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    args = map_arg(node.args, values.__getitem__)
+    kwargs = map_arg(node.kwargs, values.__getitem__)
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    assert callable(node.target)
+    return node.target(*args, **kwargs)
+
+
+def _is_affordable(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or _static(value.numel()) <= MAX_ELEMENTS
+
+
+def _static(size: Any) -> int:
+    """The size; a symbolic one never belongs to a known value."""
+    return size if isinstance(size, int) else 0

@@ -1,0 +1,212 @@
+"""What a node of an fx graph does besides computing its output.
+
+A graph of torch code is not a graph of values: `add_` writes into its operand, `dropout` draws random numbers,
+a hook is the user's own code.  Whoever moves, drops or precomputes a node asks here first.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch._ops import HigherOrderOperator, OpOverload
+
+_LANGUAGE = ("_operator", "math", "builtins")
+_IN_PLACE_OPERATORS = frozenset(
+    getattr(operator, name) for name in dir(operator) if name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
+) | {operator.setitem, operator.delitem}
+_UNINITIALIZED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_AUTOGRAD_ONLY = frozenset({"detach_"})
+"""In place for autograd; the numbers stay."""
+
+
+def written_operands(node: fx.Node, module: nn.Module | None) -> list[fx.Node]:
+    """The values this node may write into; `module` is the one that a call_module calls."""
+    written: list[fx.Node] = []
+    fx.node.map_arg(tuple(_written(node, module)), written.append)
+    return written
+
+
+def _written(node: fx.Node, module: nn.Module | None) -> Iterator[Any]:
+    if node.op == "call_module":
+        if is_guard(module):
+            return
+        if module is None or not is_from_torch(module):
+            yield from node.all_input_nodes  # anybody's code
+        elif getattr(module, "inplace", False):
+            yield from node.args[:1]
+    elif node.op == "call_method":
+        if _is_in_place_name(str(node.target)):
+            yield from node.args[:1]
+    elif node.op == "call_function":
+        yield from _written_by_function(node)
+
+
+def _written_by_function(node: fx.Node) -> Iterator[Any]:
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        if target._schema.is_mutable and target._opname not in _AUTOGRAD_ONLY:
+            for position, argument in enumerate(target._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    yield node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
+    elif isinstance(target, HigherOrderOperator):
+        return  # torch traces their bodies as functions of their operands
+    elif target in _IN_PLACE_OPERATORS:
+        yield from node.args[:1]
+    elif not is_known_function(target):
+        yield from node.all_input_nodes
+    elif getattr(target, "__module__", None) not in _LANGUAGE:
+        if _is_in_place_name(target.__name__) or _asks_for_in_place(node):
+            yield node.args[0] if node.args else node.kwargs.get("input")
+        yield node.kwargs.get("out")
+
+
+def _is_in_place_name(name: str) -> bool:
+    if name.startswith("__"):
+        return name in ("__setitem__", "__delitem__") or f"{name[2:-2]}" in _IN_PLACE_NAMES
+    return name.endswith("_") and name not in _AUTOGRAD_ONLY
+
+
+_IN_PLACE_NAMES = frozenset(function.__name__ for function in _IN_PLACE_OPERATORS)
+
+
+def _asks_for_in_place(node: fx.Node) -> bool:
+    """Whether a function such as `F.relu` was called with `inplace=True`."""
+    if node.kwargs.get("inplace"):
+        return True
+    code = getattr(node.target, "__code__", None)
+    names = code.co_varnames[: code.co_argcount] if code else ()
+    position = names.index("inplace") if "inplace" in names else len(node.args)
+    return position < len(node.args) and bool(node.args[position])
+
+
+def is_from_torch(module: nn.Module) -> bool:
+    """Whether the module's class is torch's own, so that its code is known."""
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def is_guard(module: nn.Module | None) -> bool:
+    """Whether this is torch.export's check of the inputs: it reads shapes, not numbers."""
+    return type(module).__name__ == "GuardsFn" and type(module).__module__.startswith("torch.export.")
+
+
+@cache
+def is_known_function(function: Any) -> bool:
+    """Whether the function is the language's or torch's own, not one that the user wrapped."""
+    if getattr(function, "__module__", None) in _LANGUAGE:
+        return True
+    name = getattr(function, "__name__", "")
+    owners = (torch, F, torch.Tensor, torch.special, torch.linalg)
+    return any(getattr(owner, name, None) is function for owner in owners)
+
+
+def is_deterministic(node: fx.Node) -> bool:
+    """Whether equal inputs always give an equal output and nothing else happens, so that it can be precomputed."""
+    if node.op == "call_method":
+        return _is_deterministic_name(str(node.target))
+    if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
+        return False
+    target: Any = node.target
+    if isinstance(target, OpOverload):
+        return (
+            target.namespace in ("aten", "prims")
+            and (not target._schema.is_mutable or target._opname in _AUTOGRAD_ONLY)
+            and target._opname not in _UNINITIALIZED
+            and torch.Tag.nondeterministic_seeded not in target.tags
+            and (target._opname in _AUTOGRAD_ONLY or not node.is_impure())
+        )
+    if not is_known_function(target) or any(True for _ in written_operands(node, None)):
+        return False
+    if getattr(target, "__module__", None) in _LANGUAGE:
+        return target not in _IN_PLACE_OPERATORS
+    return _is_deterministic_name(target.__name__)
+
+
+@cache
+def _is_deterministic_name(name: str) -> bool:
+    """Whether the method or function of this name is a pure ATen operator."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or name in _UNINITIALIZED or _is_in_place_name(name):
+        return False
+    overloads = [getattr(packet, overload) for overload in packet.overloads()]
+    return all(torch.Tag.nondeterministic_seeded not in overload.tags for overload in overloads)
+
+
+def can_be_dropped(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether nobody misses the node when nobody reads its output."""
+    if node.op == "call_module":
+        return module is not None and is_from_torch(module) and all(map(_is_quiet, module.modules()))
+    if isinstance(node.target, OpOverload) and node.target.namespace == "quantized_decomposed":
+        return True
+    return is_deterministic(node)
+
+
+def _is_quiet(module: nn.Module) -> bool:
+    """Whether a call leaves no trace: in training mode modules draw random numbers and keep statistics."""
+    return not module.training and not getattr(module, "inplace", False) and not has_hooks(module)
+
+
+_FRESH_MODULES = ("conv", "batchnorm", "linear", "pooling", "activation", "normalization", "instancenorm", "padding")
+_FRESH_OPERATORS = re.compile(
+    "(_?convolution|conv[123]d|conv_transpose[123]d|linear|addmm|mm|matmul|.*batch_norm.*|add|sub|mul|(true)?div|"
+    "relu6?|silu|gelu|sigmoid|tanh|hard(tanh|swish|sigmoid)|leaky_relu|avg_pool[123]d|adaptive_avg_pool[123]d|"
+    "max_pool[123]d|cat|mean|clone)"
+)
+
+
+def is_fresh(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether the output surely is memory of its own: no view of an operand, no operand itself."""
+    if node.op == "call_module":
+        owner = type(module).__module__.removeprefix("torch.nn.modules.")
+        return owner in _FRESH_MODULES and not getattr(module, "inplace", False) and not isinstance(module, nn.Identity)
+    if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
+        return isinstance(node.args[1], int) and is_fresh(node.args[0], None)
+    target: Any = node.target
+    name = str(target) if node.op == "call_method" else getattr(target, "_opname", getattr(target, "__name__", ""))
+    known = node.op == "call_method" or isinstance(target, OpOverload) or is_known_function(target)
+    return known and _FRESH_OPERATORS.fullmatch(name) is not None and not written_operands(node, module)
+
+
+Called = Callable[[fx.Node], nn.Module | None]
+"""The module that a call_module node calls."""
+
+
+def is_private(value: fx.Node, reader: fx.Node, called: Called) -> bool:
+    """Whether `value` is memory of its own that only `reader` sees."""
+    while len(value.users) == 1 and reader in value.users:
+        if is_fresh(value, called(value)):
+            return True
+        if written_operands(value, called(value)) != list(value.args[:1]):
+            return False
+        reader, value = value, value.all_input_nodes[0]  # `out += y` is the memory of `out`
+    return False
+
+
+def may_be_written(value: fx.Node, called: Called) -> bool:
+    """Whether some reader may write into the value, or into a view of it."""
+    pending, seen = [value], {value}
+    while pending:
+        value = pending.pop()
+        for user in value.users:
+            if value in written_operands(user, called(user)):
+                return True
+            if user.op != "output" and user not in seen and not is_fresh(user, called(user)):
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether user code sees the calls of this very module, or makes its parameters."""
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        any(getattr(module, name, None) for name in hooks)
+        or "forward" in module.__dict__
+        or nn.utils.parametrize.is_parametrized(module)
+    )

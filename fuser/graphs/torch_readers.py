@@ -1,0 +1,548 @@
+"""The torch dialects: what each node means in the vocabulary of `fuser.ops`.
+
+One small reader for each operator, whether it is called as a module, a function, a method or an ATen overload.
+Reading and writing share `OPERANDS` and `MODULE_OPERANDS`, so a constant is written where it was read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fuser import ops
+from fuser.graphs.torch_calls import REQUIRED
+from fuser.graphs.torch_purity import has_hooks
+
+if TYPE_CHECKING:
+    from fuser.graphs.torch import TorchGraph
+
+
+class Unreadable(Exception):
+    """The node uses something a reader does not understand; it is left alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class ModuleTensor:
+    """A value: the parameter or buffer `name` of the module at `target`."""
+
+    target: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.target}.{self.name}"
+
+
+@dataclass(frozen=True, eq=False)
+class Literal:
+    """A value: a Python number among the arguments of a call, in the dtype it is computed in."""
+
+    number: float
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return repr(self.number)
+
+
+class Call:
+    """A call_function or call_method node with its arguments by name."""
+
+    def __init__(self, graph: TorchGraph, node: fx.Node, name: str, arguments: Mapping[str, Any]) -> None:
+        self.graph, self.node, self.name, self.arguments = graph, node, name, arguments
+
+    @property
+    def writes_in_place(self) -> bool:
+        return self.name.endswith("_")
+
+    def value(self, name: str) -> fx.Node | None:
+        """An operand that is a tensor or absent."""
+        value = self.arguments.get(name)
+        if value is not None and not isinstance(value, fx.Node):
+            raise Unreadable
+        return value
+
+    def required(self, name: str) -> fx.Node:
+        value = self.value(name)
+        if value is None:
+            raise Unreadable
+        return value
+
+    def static(self, name: str, default: Any = None) -> Any:
+        """An argument that is no tensor and no symbolic size."""
+        value = self.arguments.get(name, default)
+        if value is REQUIRED:
+            raise Unreadable
+        fx.node.map_arg(value, _refuse)
+        return value
+
+    def axis(self, axis: Any, of: fx.Node) -> int:
+        if not isinstance(axis, int):
+            raise Unreadable
+        return axis if axis >= 0 else axis + self.rank(of)
+
+    def rank(self, value: fx.Node) -> int:
+        rank = self.graph.rank(value)
+        if rank is None:
+            raise Unreadable
+        return rank
+
+    def sizes(self, name: str, count: int) -> tuple[int, ...]:
+        """An argument with an element for each spatial axis, or one for all of them."""
+        value = self.static(name)
+        sizes = (value,) if isinstance(value, int) else tuple(value)
+        if not all(isinstance(size, int) for size in sizes):
+            raise Unreadable
+        return sizes * count if len(sizes) == 1 else sizes
+
+
+def _refuse(node: fx.Node) -> fx.Node:
+    raise Unreadable
+
+
+# -- functions, methods and ATen overloads
+
+
+def _conv(call: Call) -> ops.Op:
+    weight = call.required("weight")
+    spatial = int(call.name[-2]) if call.name.endswith("d") else call.rank(weight) - 2
+    transposed = "transpose" in call.name or bool(call.static("transposed", False))
+    strides, dilations = call.sizes("stride", spatial), call.sizes("dilation", spatial)
+    if isinstance(call.arguments["padding"], str):
+        padding = _named_padding(call.arguments["padding"], call.graph.shape(weight), dilations)
+    else:
+        padding = tuple((size, size) for size in call.sizes("padding", spatial))
+    return ops.Conv(
+        call.node,
+        call.node,
+        call.required("input"),
+        weight,
+        call.value("bias"),
+        groups=call.static("groups"),
+        transposed=transposed,
+        strides=strides,
+        dilations=dilations,
+        padding=padding,
+    )
+
+
+def _named_padding(mode: str, weight: Any, dilations: tuple[int, ...]) -> tuple[tuple[int, int], ...] | None:
+    """The padding that torch derives from "same" and "valid"; the odd element goes after."""
+    if mode == "valid":
+        return ((0, 0),) * len(dilations)
+    if weight is None or not all(isinstance(size, int) for size in weight[2:]):
+        return None
+    totals = [dilation * (size - 1) for dilation, size in zip(dilations, weight[2:], strict=True)]
+    return tuple((total // 2, total - total // 2) for total in totals)
+
+
+def _linear(call: Call) -> ops.Op:
+    weight = call.required("weight")
+    if call.rank(weight) != 2:
+        raise Unreadable
+    return ops.Linear(call.node, call.node, call.required("input"), weight, call.value("bias"))
+
+
+def _addmm(call: Call) -> ops.Op:
+    return ops.Linear(
+        call.node,
+        call.node,
+        call.required("mat1"),
+        call.required("mat2"),
+        call.required("self"),
+        out_axis=1,
+        alpha=float(call.static("alpha")),
+        beta=float(call.static("beta")),
+    )
+
+
+def _matmul(call: Call) -> ops.Op:
+    data, weight = call.required("self"), call.required("mat2" if call.name == "mm" else "other")
+    if call.graph.rank(weight) != 2 or (call.name == "matmul" and not call.graph.is_known(weight)):
+        raise Unreadable
+    found = call.graph.bias_add(call.node)
+    output, bias = (call.node, None) if found is None else (found.add, found.bias)
+    return ops.Linear(call.node, output, data, weight, bias, out_axis=1)
+
+
+def _batch_norm(call: Call) -> ops.Op:
+    mean, var = call.value("running_mean"), call.value("running_var")
+    training = call.name in _ALWAYS_TRAINING or bool(call.static("training", False)) or mean is None or var is None
+    several = call.name in SEVERAL_OUTPUTS
+    return ops.BatchNorm(
+        call.node,
+        call.graph.first_output(call.node, alone=not training) if several else call.node,
+        call.required("input"),
+        call.value("weight"),
+        call.value("bias"),
+        mean,
+        var,
+        epsilon=float(call.static("epsilon" if "epsilon" in call.arguments else "eps")),
+        training=training,
+    )
+
+
+def _elementwise(call: Call) -> ops.Op:
+    """Type promotion is not part of the vocabulary, so every operand must be of the type of the result."""
+    if call.static("alpha", 1) != 1 or call.arguments.get("rounding_mode") not in (None, REQUIRED):
+        raise Unreadable
+    left, right = call.arguments["self"], call.arguments["other"]
+    if linear := call.graph.linear_with_bias(call.node):
+        return linear
+    dtype = call.graph.common_dtype(left, right)
+    if dtype is None:
+        raise Unreadable
+    operands = [value if isinstance(value, fx.Node) else Literal(value, dtype) for value in (left, right)]
+    variable = [value for value in operands if isinstance(value, fx.Node) and not call.graph.is_known(value)]
+    if len(variable) == 1 and not call.graph.is_replaceable(call.node, by=variable[0]):
+        raise Unreadable
+    if call.writes_in_place and not call.graph.is_private(call.required("self"), call.node):
+        raise Unreadable
+    if call.name == "rsub":
+        operands.reverse()
+    return ops.Elementwise(call.node, call.node, _FUNCTION_OF[call.name.rstrip("_")], *operands)
+
+
+_FUNCTION_OF = {"add": "+", "sub": "-", "rsub": "-", "mul": "*", "div": "/"}
+
+
+def _dropout(call: Call) -> ops.Op:
+    if call.static("training" if "training" in call.arguments else "train"):
+        raise Unreadable
+    return ops.Identity(call.node, call.node, call.required("input"))
+
+
+def _alias(call: Call) -> ops.Op:
+    return ops.Identity(call.node, call.node, call.required("self"))
+
+
+def _slice(call: Call) -> ops.Op:
+    """`x[:]`: a slice that leaves nothing out."""
+    start, end, step = (call.static(name) for name in ("start", "end", "step"))
+    if start not in (None, 0) or not (end is None or end == 2**63 - 1) or step != 1:
+        raise Unreadable
+    return _alias(call)
+
+
+def _copy(call: Call) -> ops.Op:
+    """A copy is the identity where nobody can tell: nothing is written to either, and the layout is the same."""
+    value = call.required("self")
+    if not call.graph.is_same_kind(call.node, value) or not call.graph.is_replaceable(call.node, by=value):
+        raise Unreadable
+    return ops.Identity(call.node, call.node, value)
+
+
+def _reshape(call: Call) -> ops.Op:
+    if call.arguments.get("dtype") is not None:  # view(dtype) reinterprets the bits
+        raise Unreadable
+    return ops.Reshape(call.node, call.node, call.required("self"))
+
+
+def _index(call: Call) -> ops.Op:
+    """`x[:, :, None]`: an index that only adds axes."""
+    index = call.static("index")
+    if not isinstance(index, tuple) or not all(
+        item is None or item is Ellipsis or item == slice(None) for item in index
+    ):
+        raise Unreadable
+    return _reshape(call)
+
+
+def _permute(call: Call) -> ops.Op:
+    value = call.required("self")
+    axes = tuple(call.axis(axis, value) for axis in call.static("dims"))
+    return ops.Transpose(call.node, call.node, value, axes)
+
+
+def _transpose(call: Call) -> ops.Op:
+    value = call.required("self")
+    axes = list(range(call.rank(value)))
+    if call.name == "transpose":
+        i, j = (call.axis(call.static(name), value) for name in ("dim0", "dim1"))
+        axes[i], axes[j] = axes[j], axes[i]
+    else:  # t: of a matrix, or of less
+        axes.reverse()
+    return ops.Transpose(call.node, call.node, value, tuple(axes))
+
+
+def _concat(call: Call) -> ops.Op:
+    inputs = call.arguments["tensors"]
+    if not isinstance(inputs, (list, tuple)) or not inputs or not all(isinstance(x, fx.Node) for x in inputs):
+        raise Unreadable
+    if len({call.graph.dtype(value) for value in inputs} - {None}) > 1:  # promotes
+        raise Unreadable
+    return ops.Concat(call.node, call.node, tuple(inputs), call.axis(call.static("dim"), inputs[0]))
+
+
+def _average_pool(call: Call) -> ops.Op:
+    value = call.required("self")
+    spatial = int(call.name[-2])
+    if call.rank(value) != spatial + 2 or call.arguments.get("divisor_override") is not None:
+        raise Unreadable
+    padded = any(call.sizes("padding", spatial)) and bool(call.static("count_include_pad"))
+    return ops.AveragePool(call.node, call.node, value, pads_counted=padded or bool(call.static("ceil_mode")))
+
+
+def _adaptive_average_pool(call: Call) -> ops.Op:
+    value = call.required("self" if "self" in call.arguments else "input")
+    if call.rank(value) != int(call.name[-2]) + 2:
+        raise Unreadable
+    return ops.AveragePool(call.node, call.node, value)
+
+
+def _mean(call: Call) -> ops.Op:
+    """The mean over all or some spatial axes; axis 1 stays where it is."""
+    value, axes = call.required("self"), call.static("dim")
+    axes = (axes,) if isinstance(axes, int) else axes
+    if not axes or call.arguments.get("dtype") is not None or min(call.axis(axis, value) for axis in axes) < 2:
+        raise Unreadable
+    return ops.AveragePool(call.node, call.node, value)
+
+
+def _dequantize(call: Call) -> ops.Op:
+    axis = call.axis(call.static("axis"), call.required("input"))
+    return ops.Dequantize(
+        call.node, call.node, call.required("input"), call.required("scales"), call.value("zero_points"), axis
+    )
+
+
+Reader = Callable[[Call], ops.Op]
+
+READERS: dict[str, tuple[type[ops.Op], Reader]] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution", "_convolution"), (ops.Conv, _conv)),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (ops.Conv, _conv)),
+    "linear": (ops.Linear, _linear),
+    "addmm": (ops.Linear, _addmm),
+    "mm": (ops.Linear, _matmul),
+    "matmul": (ops.Linear, _matmul),
+    **dict.fromkeys(("batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), (ops.BatchNorm, _batch_norm)),
+    **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (ops.BatchNorm, _batch_norm)),
+    "_native_batch_norm_legit_no_training": (ops.BatchNorm, _batch_norm),
+    "_native_batch_norm_legit_functional": (ops.BatchNorm, _batch_norm),
+    "_batch_norm_no_update": (ops.BatchNorm, _batch_norm),
+    "_batch_norm_with_update": (ops.BatchNorm, _batch_norm),
+    **dict.fromkeys(("add", "sub", "rsub", "mul", "div"), (ops.Elementwise, _elementwise)),
+    **dict.fromkeys(("add_", "sub_", "mul_", "div_"), (ops.Elementwise, _elementwise)),
+    **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), (ops.Identity, _dropout)),
+    "alias": (ops.Identity, _alias),
+    "slice": (ops.Identity, _slice),
+    **dict.fromkeys(("clone", "contiguous", "to", "_to_copy"), (ops.Identity, _copy)),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten"), (ops.Reshape, _reshape)),
+    **dict.fromkeys(("squeeze", "unsqueeze"), (ops.Reshape, _reshape)),
+    "getitem": (ops.Reshape, _index),
+    "permute": (ops.Transpose, _permute),
+    "transpose": (ops.Transpose, _transpose),
+    "t": (ops.Transpose, _transpose),
+    "cat": (ops.Concat, _concat),
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d"), (ops.AveragePool, _average_pool)),
+    **dict.fromkeys(
+        ("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"),
+        (ops.AveragePool, _adaptive_average_pool),
+    ),
+    **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), (ops.AveragePool, _adaptive_average_pool)),
+    "mean": (ops.AveragePool, _mean),
+    "dequantize_per_channel": (ops.Dequantize, _dequantize),
+}
+"""ATen operator -> the kind of op it reads as, and its reader."""
+
+SEVERAL_OUTPUTS = frozenset(
+    name for name, (kind, _) in READERS.items() if kind is ops.BatchNorm and name != "batch_norm"
+)
+"""Operators that return a tuple; the vocabulary's output is its first element."""
+
+_ALWAYS_TRAINING = frozenset({"_batch_norm_with_update"})
+
+_STATISTICS = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_BINARY = {"left": "self", "right": "other"}
+OPERANDS: dict[str, dict[str, str]] = {
+    **{name: _STATISTICS for name, (kind, _) in READERS.items() if kind is ops.BatchNorm},
+    **{name: _BINARY for name, (kind, _) in READERS.items() if kind is ops.Elementwise},
+    **{name: {"weight": "weight", "bias": "bias"} for name, (kind, _) in READERS.items() if kind is ops.Conv},
+    "linear": {"weight": "weight", "bias": "bias"},
+    "addmm": {"weight": "mat2", "bias": "self"},
+    "mm": {"weight": "mat2"},
+    "matmul": {"weight": "other"},
+    "rsub": {"left": "other", "right": "self"},
+    "dequantize_per_channel": {"scale": "scales"},
+}
+"""ATen operator -> field of its op -> name of the argument."""
+
+
+# -- modules
+
+
+class ModuleCall(NamedTuple):
+    """A call_module node and the module it calls, of a class that is exactly known."""
+
+    graph: TorchGraph
+    node: fx.Node
+    module: Any
+
+    @property
+    def input(self) -> fx.Node:
+        given = [*self.node.args, *self.node.kwargs.values()]
+        if len(given) != 1 or not isinstance(given[0], fx.Node):
+            raise Unreadable
+        return given[0]
+
+    def tensor(self, name: str) -> ModuleTensor | None:
+        if getattr(self.module, name, None) is None:
+            return None
+        return self.graph.module_tensor(str(self.node.target), name)
+
+    def required(self, name: str) -> ModuleTensor:
+        tensor = self.tensor(name)
+        if tensor is None:
+            raise Unreadable
+        return tensor
+
+    @property
+    def hooked(self) -> bool:
+        return has_hooks(self.module)
+
+    def rank(self) -> int:
+        rank = self.graph.rank(self.input)
+        if rank is None:
+            raise Unreadable
+        return rank
+
+
+def _conv_module(call: ModuleCall) -> ops.Op:
+    module = call.module
+    return ops.Conv(
+        call.node,
+        call.node,
+        call.input,
+        call.required("weight"),
+        call.tensor("bias"),
+        groups=module.groups,
+        transposed=module.transposed,
+        strides=tuple(module.stride),
+        dilations=tuple(module.dilation),
+        padding=_module_padding(module),
+        hooked=call.hooked,
+    )
+
+
+def _module_padding(module: Any) -> tuple[tuple[int, int], ...] | None:
+    if module.padding_mode != "zeros":
+        return None
+    if isinstance(module.padding, str):
+        return _named_padding(module.padding, (0, 0, *module.kernel_size), module.dilation)
+    return tuple((size, size) for size in module.padding)
+
+
+def _linear_module(call: ModuleCall) -> ops.Op:
+    return ops.Linear(
+        call.node, call.node, call.input, call.required("weight"), call.tensor("bias"), hooked=call.hooked
+    )
+
+
+def _batch_norm_module(call: ModuleCall) -> ops.Op:
+    module = call.module
+    mean, var = call.tensor("running_mean"), call.tensor("running_var")
+    return ops.BatchNorm(
+        call.node,
+        call.node,
+        call.input,
+        call.tensor("weight"),
+        call.tensor("bias"),
+        mean,
+        var,
+        epsilon=module.eps,
+        training=module.training or mean is None or var is None,
+        hooked=call.hooked,
+    )
+
+
+def _identity_module(call: ModuleCall) -> ops.Op:
+    return ops.Identity(call.node, call.node, call.input, hooked=call.hooked)
+
+
+def _dropout_module(call: ModuleCall) -> ops.Op:
+    if call.module.training:
+        raise Unreadable
+    return _identity_module(call)
+
+
+def _reshape_module(call: ModuleCall) -> ops.Op:
+    return ops.Reshape(call.node, call.node, call.input, hooked=call.hooked)
+
+
+def _average_pool_module(call: ModuleCall) -> ops.Op:
+    module = call.module
+    padding = (module.padding,) if isinstance(module.padding, int) else module.padding
+    if getattr(module, "divisor_override", None) is not None or call.rank() != POOLS[type(module)] + 2:
+        raise Unreadable
+    return ops.AveragePool(
+        call.node,
+        call.node,
+        call.input,
+        pads_counted=(any(padding) and module.count_include_pad) or module.ceil_mode,
+        hooked=call.hooked,
+    )
+
+
+def _adaptive_average_pool_module(call: ModuleCall) -> ops.Op:
+    if call.rank() != POOLS[type(call.module)] + 2:
+        raise Unreadable
+    return ops.AveragePool(call.node, call.node, call.input, hooked=call.hooked)
+
+
+POOLS: dict[type[nn.Module], int] = {
+    nn.AvgPool1d: 1,
+    nn.AvgPool2d: 2,
+    nn.AvgPool3d: 3,
+    nn.AdaptiveAvgPool1d: 1,
+    nn.AdaptiveAvgPool2d: 2,
+    nn.AdaptiveAvgPool3d: 3,
+}
+"""Average pooling module -> number of spatial axes."""
+
+CONVS: dict[type[nn.Module], int] = {
+    nn.Conv1d: 1,
+    nn.Conv2d: 2,
+    nn.Conv3d: 3,
+    nn.ConvTranspose1d: 1,
+    nn.ConvTranspose2d: 2,
+    nn.ConvTranspose3d: 3,
+}
+"""Convolution module -> number of spatial axes."""
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+ModuleReader = Callable[[ModuleCall], ops.Op]
+
+MODULE_READERS: dict[type[nn.Module], tuple[type[ops.Op], ModuleReader]] = {
+    **dict.fromkeys(CONVS, (ops.Conv, _conv_module)),
+    nn.Linear: (ops.Linear, _linear_module),
+    **dict.fromkeys(NORMS, (ops.BatchNorm, _batch_norm_module)),
+    nn.Identity: (ops.Identity, _identity_module),
+    **dict.fromkeys(DROPOUTS, (ops.Identity, _dropout_module)),
+    nn.Flatten: (ops.Reshape, _reshape_module),
+    nn.Unflatten: (ops.Reshape, _reshape_module),
+    **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), (ops.AveragePool, _average_pool_module)),
+    **dict.fromkeys(
+        (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+        (ops.AveragePool, _adaptive_average_pool_module),
+    ),
+}
+"""Module class, taken exactly (a subclass may do anything), -> the kind of op it reads as, and its reader."""
+
+
+def module_class(module: nn.Module) -> type[nn.Module]:
+    """The class that says what the module computes; a parametrized module has one made for it alone."""
+    if nn.utils.parametrize.is_parametrized(module):
+        return nn.utils.parametrize.type_before_parametrizations(module)
+    return type(module)
+
+
+MODULE_OPERANDS: dict[type[ops.Op], dict[str, str]] = {
+    ops.Conv: {"weight": "weight", "bias": "bias"},
+    ops.Linear: {"weight": "weight", "bias": "bias"},
+    ops.BatchNorm: _STATISTICS,
+}
+"""Kind of op -> field -> attribute of the module."""

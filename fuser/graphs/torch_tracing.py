@@ -1,0 +1,68 @@
+"""Trace a module with `torch.fx`, without touching it."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from fuser.errors import InputError
+from fuser.graphs.torch_copy import Copier
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class _Tracer(fx.Tracer):
+    """Modules with hooks stay calls, so that the hooks run when the model does, not while it is traced.
+
+    opaque: classes of modules that stay calls too.
+    """
+
+    proxy_buffer_attributes = True  # else what the model does to its buffers would be done now, once
+
+    def __init__(self, opaque: tuple[type[nn.Module], ...] = ()) -> None:
+        super().__init__()
+        self._opaque = opaque
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        is_watched = any(m.__dict__.get(name) for name in _HOOKS)
+        return is_watched or isinstance(m, self._opaque) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(module: nn.Module) -> fx.GraphModule:
+    """The module as a graph over copies of its submodules, which share the memory of its tensors.
+
+    A copy is traced because tracing writes: the tracer registers the constants it meets on the module.
+
+    Raises `InputError` where the module cannot be traced.
+    """
+    own = Copier().module(module)
+    try:
+        graph = _graph(own)
+    except Exception as error:  # the user's own forward runs here
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"torch.fx cannot trace this {type(module).__name__} ({first}); "
+            "give example_inputs so that torch.export can capture it"
+        ) from error
+    graph._tracer_cls = fx.Tracer  # a saved result names its tracer, and must load without this package
+    traced = fx.GraphModule(own, graph, type(module).__name__)
+    for path, child in traced.named_modules():
+        child.training = own.get_submodule(path).training
+    for name in _HOOKS:
+        traced.__dict__[name] = own.__dict__[name]
+    return traced
+
+
+def _graph(module: nn.Module) -> fx.Graph:
+    try:
+        return _Tracer().trace(module)
+    except fx.proxy.TraceError:
+        # torch's BatchNorms check the number of axes, which stops the tracer in a subclass of the user's.
+        return _Tracer(opaque=(nn.modules.batchnorm._NormBase,)).trace(module)

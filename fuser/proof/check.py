@@ -1,0 +1,192 @@
+"""`verify`: are two models the same function, to within rounding, with the same interface?
+
+The steps, each in a module of its own: inputs that the original accepts (`inputs`, `hints`, `data`), both models run
+(`runners`), the float64 truth of both (`float64_onnx`, `float64_torch`), every output judged (`compare`, `trial`),
+the interfaces compared (`interface`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+from fuser.errors import InputError
+from fuser.isolate import Worker
+from fuser.proof.compare import Figures
+from fuser.proof.inputs import InputSet
+from fuser.proof.outcome import Failure, Outcome
+from fuser.proof.sides import Side, open_sides
+from fuser.proof.trial import Trial
+from fuser.proof.verification import Truth, Verification
+
+CONTRACTS = ("exact", "rounding")
+
+_SETS = ((0.3, 8), (1.0, 4), (5.0, 2))
+"""(seconds that one load and run takes, at most; number of input sets); one set for what is slower still."""
+
+
+def verify(
+    before: Any,
+    after: Any,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    inputs: Any = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    seed: int = 0,
+    contract: str = "rounding",
+    timeout: float = 300.0,
+    removed_inputs: Collection[str] = (),
+) -> Verification:
+    """Compare `after` with `before`; neither is changed.
+
+    Args:
+        before, after: paths of ONNX files, ModelProtos, torch modules, GraphModules or ExportedPrograms; torch may
+            be compared with ONNX, inputs and outputs then correspond by their order.
+        example_inputs, example_kwargs: arguments for torch modules.
+        inputs: data to compare on, instead of generated data: a path (.npz, .npy, a test_data_set folder), arrays
+            by name, arrays in order, or a list of these.
+        input_shapes: shapes by input name, for ONNX models with dynamic dimensions.
+        seed: of the generated data.
+        contract: "rounding", or "exact" for bit-identical outputs.
+        timeout: seconds for each call of a runtime.
+        removed_inputs: inputs that `after` is allowed to lack.
+
+    Raises:
+        InputError: a model or an option is not usable, or inputs can be neither generated nor found.
+    """
+    if contract not in CONTRACTS:
+        raise InputError(f"contract is 'exact' or 'rounding', not {contract!r}")
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        worker = stack.enter_context(Worker())
+        first, second = open_sides(
+            stack,
+            worker,
+            before,
+            after,
+            example_inputs=example_inputs,
+            example_kwargs=example_kwargs,
+            input_shapes=input_shapes,
+            timeout=timeout,
+            removed_inputs=removed_inputs,
+        )
+        result = _Comparison(first, second, contract, seed).run(inputs)
+    result.seconds = time.perf_counter() - started
+    if result.cost_ratio:  # until here, the seconds of one pass over the original
+        result.cost_ratio = result.seconds / result.cost_ratio
+    return result
+
+
+class _Comparison:
+    """One comparison, step by step."""
+
+    def __init__(self, before: Side, after: Side, contract: str, seed: int) -> None:
+        self._before, self._after, self._contract, self._seed = before, after, contract, seed
+        self._result = Verification("equivalent", contract=contract)
+        self._discarded = 0
+
+    def run(self, inputs: Any) -> Verification:
+        """Fill in the result."""
+        result = self._result
+        result.interface = self._before.lost_by(self._after)
+        if mismatch := self._before.cannot_pair(self._after):
+            return self._conclude("incompatible", mismatch)
+        sets, originals, seconds = self._originals(inputs)
+        result.sets, result.discarded = [one.label for one in sets], self._discarded
+        result.cost_ratio = seconds
+        if isinstance(originals, Failure):
+            return self._conclude("unverifiable", f"the original cannot be run: {originals}")
+        if self._before.is_random and not self._repeats(sets[0], originals[0]):
+            return self._conclude("unverifiable", "the model draws random numbers, so no two runs are alike")
+        candidates = self._after.runner.run([one.values for one in sets])
+        for one, candidate in zip(sets, candidates, strict=True):
+            if isinstance(candidate, Failure):
+                return self._conclude("different", f"the optimized model fails for {one.label}: {candidate}")
+        problem = self._judge(sets, originals, candidates)
+        if problem:
+            return self._conclude("different", problem)
+        if result.interface:
+            return self._conclude("incompatible", result.interface[0])
+        return result
+
+    def _conclude(self, verdict: Any, reason: str) -> Verification:
+        self._result.verdict, self._result.reason = verdict, reason
+        return self._result
+
+    def _originals(self, inputs: Any) -> tuple[list[InputSet], list[Any] | Failure, float]:
+        """Input sets that the original accepts, its outputs for them, and the seconds that took."""
+        if inputs is not None:
+            sets = self._before.given(inputs)
+        else:
+            probe = self._before.probe(self._seed)
+            sets = self._before.more(probe.sizes, self._seed, _number_of_sets(probe.seconds))
+        started = time.perf_counter()
+        outcomes = self._before.runner.run([one.values for one in sets])
+        seconds = time.perf_counter() - started
+        good = [(one, out) for one, out in zip(sets, outcomes, strict=True) if not isinstance(out, Failure)]
+        failures = [out for out in outcomes if isinstance(out, Failure)]
+        if inputs is not None and failures:
+            raise InputError(f"the original model rejects the given inputs: {failures[0]}")
+        self._discarded = len(failures)
+        if not good:
+            return sets, failures[0], seconds
+        if inputs is None and len(good) > 1:
+            tame = [pair for pair in good if self._before.is_finite(pair[1])]
+            self._discarded += len(good) - len(tame or good)
+            good = tame or good
+        return [one for one, _ in good], [out for _, out in good], seconds
+
+    def _repeats(self, one: InputSet, outputs: list[Any]) -> bool:
+        again = self._before.runner.run([one.values])[0]
+        return not isinstance(again, Failure) and all(
+            x.tobytes() == y.tobytes() for x, y in zip(_flat(again), _flat(outputs), strict=True)
+        )
+
+    def _judge(self, sets: list[InputSet], originals: list[Any], candidates: list[Outcome]) -> str:
+        """What is wrong with the candidates' outputs, in one line; empty when nothing is."""
+        result = self._result
+        exact = self._contract == "exact"
+        truths: list[Outcome] = [Failure("refused", "not needed")] * len(sets)
+        wide: list[Outcome] = list(truths)
+        if not exact:
+            values = [one.values for one in sets]
+            truths = self._before.runner.truth(values)[0]
+            # The second evaluation is for light models: it only sharpens what the first set has shown.
+            light = len(sets) if len(sets) >= _SETS[0][1] else 1
+            wide[:light] = self._after.runner.truth(values[:light])[0]
+        problem, used = "", set()
+        for index, one in enumerate(sets):
+            trial = Trial(self._before, self._after, one, originals[index], candidates[index], truths[index], wide[index])
+            found = trial.bits() if exact else trial.rounding()
+            used.add(trial.truth)
+            result.truth_note = result.truth_note or trial.note
+            result.outputs = _worst(result.outputs, trial.figures)
+            if found and not problem:
+                problem = f"{found}, for {one.label}"
+                break
+        result.truth = _truth_used(used)
+        return problem
+
+
+def _number_of_sets(seconds: float) -> int:
+    return next((number for limit, number in _SETS if seconds <= limit), 1)
+
+
+def _truth_used(used: set[Truth]) -> Truth:
+    return "noise-floor" if "noise-floor" in used else next(iter(used), "none")
+
+
+def _worst(so_far: list[Figures], new: list[Figures]) -> list[Figures]:
+    known = {figures.name: figures for figures in so_far}
+    for figures in new:
+        known[figures.name] = known[figures.name].worst(figures) if figures.name in known else figures
+    return list(known.values())
+
+
+def _flat(outputs: list[Any]) -> list[Any]:
+    return [array for value in outputs for array in (value if isinstance(value, list) else [value]) if array is not None]
+
+

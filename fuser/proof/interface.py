@@ -1,0 +1,137 @@
+"""What a model promises its callers: an optimized model keeps all of it.
+
+Names, order, types, ranks, dimensions and denotations of inputs and outputs, model metadata and opset imports for
+ONNX; the structure, types and shapes of what is returned for torch.  Each difference is one sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import onnx
+
+
+def compare_onnx(before: onnx.ModelProto, after: onnx.ModelProto, removed_inputs: Collection[str] = ()) -> list[str]:
+    """What the interface of `before` has and that of `after` has not; empty when nothing is lost.
+
+    removed_inputs: inputs that are allowed to be missing.
+    """
+    problems = list(_values("input", before.graph.input, after.graph.input, set(removed_inputs)))
+    problems += _values("output", before.graph.output, after.graph.output, set())
+    problems += _defaults(before.graph, after.graph)
+    problems += _model(before, after)
+    return problems
+
+
+def public_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
+    """The inputs that a caller must give: those without a default value."""
+    known = {tensor.name for tensor in graph.initializer} | {tensor.values.name for tensor in graph.sparse_initializer}
+    return [value for value in graph.input if value.name not in known]
+
+
+def _values(
+    what: str,
+    before: Sequence[onnx.ValueInfoProto],
+    after: Sequence[onnx.ValueInfoProto],
+    removed: set[str],
+) -> Iterator[str]:
+    old = [value for value in before if value.name not in removed]
+    kept = {value.name: value for value in after}
+    names, now = [value.name for value in old], [value.name for value in after if value.name not in removed]
+    if missing := [name for name in names if name not in kept]:
+        yield f"{what} {_list(missing)} is missing"
+    if added := [name for name in now if name not in set(names)]:
+        yield f"{what} {_list(added)} is new"
+    if not missing and not added and names != now:
+        yield f"the {what}s are in another order: {_list(now)} instead of {_list(names)}"
+    for value in old:
+        if value.name in kept:
+            yield from (f"{what} {value.name!r}: {problem}" for problem in _type(value.type, kept[value.name].type))
+
+
+def _type(before: onnx.TypeProto, after: onnx.TypeProto) -> Iterator[str]:
+    kind = before.WhichOneof("value")
+    if kind is None:
+        return  # nothing was promised
+    if after.WhichOneof("value") != kind:
+        yield f"it was a {_kind(kind)} and is a {_kind(after.WhichOneof('value'))}"
+        return
+    if before.denotation and before.denotation != after.denotation:
+        yield f"its denotation {before.denotation!r} is lost"
+    old, new = getattr(before, kind), getattr(after, kind)
+    if kind in ("sequence_type", "optional_type"):
+        yield from _type(old.elem_type, new.elem_type)
+        return
+    if kind == "map_type":
+        if old.key_type != new.key_type:
+            yield "it has another key type"
+        yield from _type(old.value_type, new.value_type)
+        return
+    if old.elem_type != new.elem_type:
+        yield f"its type was {_element(old.elem_type)} and is {_element(new.elem_type)}"
+    if not old.HasField("shape"):
+        return
+    if not new.HasField("shape"):
+        yield "its shape is lost"
+    elif len(old.shape.dim) != len(new.shape.dim):
+        yield f"its rank was {len(old.shape.dim)} and is {len(new.shape.dim)}"
+    else:
+        for axis, (was, now) in enumerate(zip(old.shape.dim, new.shape.dim, strict=True)):
+            if _dim(was) != _dim(now):
+                yield f"dimension {axis} was {_dim(was)} and is {_dim(now)}"
+            if was.denotation and was.denotation != now.denotation:
+                yield f"the denotation {was.denotation!r} of dimension {axis} is lost"
+
+
+def _defaults(before: onnx.GraphProto, after: onnx.GraphProto) -> Iterator[str]:
+    """An input with a default that has become one without: callers who left it out now fail."""
+    optional = {value.name for value in before.input} - {value.name for value in public_inputs(before)}
+    now_required = [value.name for value in public_inputs(after) if value.name in optional]
+    if now_required:
+        yield f"input {_list(now_required)} had a default value and has none now"
+
+
+def _model(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
+    properties = {entry.key: entry.value for entry in after.metadata_props}
+    for entry in before.metadata_props:
+        if entry.key not in properties:
+            yield f"the metadata property {entry.key!r} is lost"
+        elif properties[entry.key] != entry.value:
+            yield f"the metadata property {entry.key!r} has changed"
+    for field in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
+        if getattr(before, field) and getattr(before, field) != getattr(after, field):
+            yield f"the model's {field} was {_short(getattr(before, field))} and is {_short(getattr(after, field))}"
+    versions = {opset.domain: opset.version for opset in after.opset_import}
+    for opset in before.opset_import:
+        domain = opset.domain or "ai.onnx"
+        now = versions.get(opset.domain, versions.get("ai.onnx") if not opset.domain else None)
+        if now is None:
+            yield f"the opset import {domain} is lost"
+        elif now != opset.version:
+            yield f"the opset import {domain} was {opset.version} and is {now}"
+
+
+def _dim(dim: onnx.TensorShapeProto.Dimension) -> str:
+    which = dim.WhichOneof("value")
+    if which == "dim_param" and dim.dim_param:
+        return f"dynamic ({dim.dim_param})"
+    return str(dim.dim_value) if which == "dim_value" and dim.dim_value > 0 else "dynamic"
+
+
+def _kind(kind: str | None) -> str:
+    return (kind or "value without a type").removesuffix("_type").replace("_", " ")
+
+
+def _element(elem_type: int) -> str:
+    return onnx.TensorProto.DataType.Name(elem_type).lower()
+
+
+def _list(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4])
+    return shown if len(names) <= 4 else f"{shown} and {len(names) - 4} more"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,62 @@
+"""Facts about floating point types, and the nudge: constants moved by what one rounding may move them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+
+_SMALL = 16
+"""A constant with no more elements, all of them short numbers (1, 0.5, 224), is taken as meant: a size, a factor."""
+
+
+def unit_roundoff(dtype: Any) -> float:
+    """The largest relative error of one rounding to `dtype`: 2**-24 for float32, 2**-11 for float16."""
+    return float(ml_dtypes.finfo(dtype).eps) / 2
+
+
+def largest(dtype: Any) -> float:
+    """The largest finite number of `dtype`."""
+    return float(ml_dtypes.finfo(dtype).max)
+
+
+def narrowed(values: Array, dtype: Any) -> Array:
+    """`values` rounded once to `dtype`, as float64."""
+    with np.errstate(over="ignore"):
+        return values.astype(dtype).astype(np.float64)
+
+
+class Nudge:
+    """Moves values at random by at most `scale` roundings of their type; the same seed gives the same moves."""
+
+    def __init__(self, seed: int, scale: float = 1.0) -> None:
+        self._rng = np.random.default_rng(seed)
+        self._scale = scale
+
+    def constant(self, value: Array) -> Array:
+        """A constant as float64, moved by a rounding of the type in which it is stored."""
+        wide = value.astype(np.float64)
+        if value.size <= _SMALL and _is_short(wide):
+            return wide
+        return self._move(wide, unit_roundoff(value.dtype))
+
+    def cast(self, value: Array, to: int) -> Array:
+        """What a Cast to the ONNX type `to` gave (kept in float64), moved by the rounding that was left out."""
+        import onnx
+
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(to))
+        if value.dtype != np.float64 or dtype == np.float64 or (value.size <= _SMALL and _is_short(value)):
+            return value
+        return self._move(value, unit_roundoff(dtype))
+
+    def _move(self, value: Array, size: float) -> Array:
+        return np.asarray(value * (1 + self._scale * size * self._rng.uniform(-1, 1, value.shape)))
+
+
+def _is_short(value: Array) -> bool:
+    """Whether eight significant bits hold each number."""
+    mantissa = np.frexp(value)[0] * 256
+    return bool(np.all(mantissa == np.round(mantissa)))

@@ -1,0 +1,234 @@
+"""The two models of a comparison, each with what is known of its inputs and outputs and a way to run it."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+import onnx
+
+from fuser import files
+from fuser.errors import InputError
+from fuser.isolate import Worker
+from fuser.proof import data, inputs
+from fuser.proof.float64_ops import is_float
+from fuser.proof.inputs import InputSet, Sizes, Spec
+from fuser.proof.interface import compare_onnx, public_inputs
+from fuser.proof.outcome import Failure
+from fuser.proof.runners import Float64Runner, OnnxRunner, Runner, as_path
+
+_RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+
+
+@dataclass
+class Probe:
+    """The first input set that the original accepted, and the seconds that loading and running it took."""
+
+    sizes: Sizes
+    seconds: float
+
+
+class Side(Protocol):
+    """A model in a comparison.
+
+    output_names: names of the outputs, in order.
+    runner: how it is run.
+    is_random: whether it may draw random numbers.
+    """
+
+    output_names: list[str]
+    runner: Runner
+    is_random: bool
+
+    def lost_by(self, after: Any) -> list[str]:
+        """What of this model's interface the other lacks."""
+        ...
+
+    def cannot_pair(self, after: Any) -> str:
+        """Why inputs and outputs of the two do not correspond; empty when they do."""
+        ...
+
+    def paired(self, after: Any, outputs: list[Any]) -> list[Any]:
+        """The other model's outputs in this model's order."""
+        ...
+
+    def given(self, source: Any) -> list[InputSet]:
+        """The user's own inputs."""
+        ...
+
+    def probe(self, seed: int) -> Probe:
+        """Find sizes that the model accepts; raises `InputError` where none are found."""
+        ...
+
+    def more(self, sizes: Sizes, seed: int, number: int) -> list[InputSet]:
+        """`number` input sets of several kinds and sizes."""
+        ...
+
+    def is_finite(self, outputs: list[Any]) -> bool:
+        """Whether outputs are free of NaN and infinity."""
+        ...
+
+
+class OnnxSide:
+    """An ONNX model."""
+
+    def __init__(
+        self, model: files.ModelFile, path: str, worker: Worker, timeout: float, input_shapes: Any, removed: Collection[str]
+    ) -> None:
+        graph = model.proto.graph
+        self.model, self.path = model, path
+        self.input_names = [value.name for value in public_inputs(graph)]
+        self.output_names = [value.name for value in graph.output]
+        self.runner: Runner = OnnxRunner(path, self.input_names, worker, timeout)
+        self.is_random = any(node.op_type in _RANDOM for node in _nodes(graph))
+        self._removed, self._shapes = removed, input_shapes
+        self._worker, self._timeout = worker, timeout
+        self._specs: list[Spec] | None = None
+
+    @property
+    def specs(self) -> list[Spec]:
+        """What the inputs must look like; raises `InputError` for one that cannot be generated."""
+        if self._specs is None:
+            self._specs = inputs.specs_of(self.model, self._shapes)
+        return self._specs
+
+    def lost_by(self, after: Any) -> list[str]:
+        """See `Side.lost_by`."""
+        return compare_onnx(self.model.proto, after.model.proto, self._removed) if isinstance(after, OnnxSide) else []
+
+    def cannot_pair(self, after: Any) -> str:
+        """See `Side.cannot_pair`.  Also tells the other runner which input is which."""
+        if len(after.output_names) != len(self.output_names):
+            return f"it has {len(after.output_names)} outputs instead of {len(self.output_names)}"
+        if isinstance(after, OnnxSide):
+            return self._pair(after)
+        theirs, mine = len(after.arguments.names), len(self.input_names)
+        return "" if theirs == mine else f"it has {theirs} inputs instead of {mine}"
+
+    def _pair(self, after: OnnxSide) -> str:
+        theirs = set(after.input_names)
+        if not set(self.input_names) <= theirs and len(theirs) == len(self.input_names):
+            return ""  # renamed: the interface says so, and the order tells which is which
+        if unknown := [name for name in after.input_names if name not in self.input_names]:
+            return f"it needs an input {unknown[0]!r} that the original does not have"
+        after.runner = OnnxRunner(
+            after.path, [name if name in theirs else None for name in self.input_names], self._worker, self._timeout
+        )
+        return ""
+
+    def paired(self, after: Any, outputs: list[Any]) -> list[Any]:
+        """See `Side.paired`: by name where the names are the same."""
+        if isinstance(after, OnnxSide) and set(after.output_names) == set(self.output_names):
+            by_name = dict(zip(after.output_names, outputs, strict=True))
+            return [by_name[name] for name in self.output_names]
+        return outputs
+
+    def given(self, source: Any) -> list[InputSet]:
+        """See `Side.given`."""
+        return data.given(source, self.specs)
+
+    def probe(self, seed: int) -> Probe:
+        """See `Side.probe`.  A runtime that cannot run the model at all is replaced by the float64 evaluation."""
+        failure: Failure | None = None
+        for specs, candidates in self._attempts():
+            sets = [inputs.generate(specs, sizes, "normal", seed).values for sizes in candidates]
+            started = time.perf_counter()
+            outcomes = self.runner.run(sets, first=True)
+            seconds = time.perf_counter() - started
+            if not isinstance(outcomes[-1], Failure):
+                self._specs = specs
+                return Probe(candidates[len(outcomes) - 1], seconds)
+            failure = outcomes[-1]
+            if failure.kind != "refused" and not isinstance(self.runner, Float64Runner):
+                self.runner = Float64Runner(self.runner, str(failure))
+                return self.probe(seed)
+        raise inputs.refused(self.specs, str(failure))
+
+    def _attempts(self) -> Iterator[tuple[list[Spec], list[Sizes]]]:
+        """Specs and sizes to try: the likeliest alone, then the others together."""
+        ranks = (4, 2, 3, 1, 5) if inputs.unknown_rank(self.specs) else (0,)
+        for rank in ranks:
+            specs = inputs.with_rank(self.specs, rank)
+            sizes: list[Sizes] = list(inputs.base_sizes(specs))
+            yield specs, sizes[:1]
+            if sizes[1:]:
+                yield specs, sizes[1:]
+
+    def more(self, sizes: Sizes, seed: int, number: int) -> list[InputSet]:
+        """See `Side.more`: every kind once, sizes in turn."""
+        every = [sizes, *islice(inputs.more_sizes(self.specs, sizes), 3)]
+        plan = [(every[0], "normal")]
+        plan += [(other, "normal") for other in every[1:]]
+        plan += [(sizes, kind) for kind in inputs.KINDS[1:]]
+        if number < len(plan):  # the most telling first
+            plan = [plan[0], *plan[2:3], (sizes, "large"), *plan[1:2], (sizes, "unit"), (sizes, "zeros"), *plan[3:]]
+        return [inputs.generate(self.specs, which, kind, seed + index) for index, (which, kind) in enumerate(plan[:number])]
+
+    def is_finite(self, outputs: list[Any]) -> bool:
+        """See `Side.is_finite`."""
+        return finite(outputs)
+
+
+def finite(outputs: list[Any]) -> bool:
+    """Whether all floating point values are finite."""
+    arrays = [array for value in outputs for array in (value if isinstance(value, list) else [value])]
+    return all(
+        bool(np.isfinite(array.astype(np.float64)).all())
+        for array in arrays
+        if isinstance(array, np.ndarray) and is_float(array.dtype)
+    )
+
+
+def open_sides(
+    stack: ExitStack,
+    worker: Worker,
+    before: Any,
+    after: Any,
+    *,
+    example_inputs: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+    timeout: float,
+    removed_inputs: Collection[str],
+) -> tuple[Any, Any]:
+    """Both models, opened; `stack` closes them."""
+
+    def open_one(model: Any) -> Any:
+        if is_onnx(model):
+            file, path = _open_onnx(stack, model)
+            return OnnxSide(file, path, worker, timeout, input_shapes, removed_inputs)
+        if any(kind.__module__.split(".")[0] == "torch" for kind in type(model).__mro__):
+            from fuser.proof.torch_side import open_torch
+
+            if (side := open_torch(model, example_inputs, example_kwargs)) is not None:
+                return side
+        raise InputError(
+            f"cannot verify a {type(model).__module__}.{type(model).__qualname__}; give the path of an .onnx file, "
+            "an onnx.ModelProto, a torch.nn.Module, a torch.fx.GraphModule or an ExportedProgram"
+        )
+
+    return open_one(before), open_one(after)
+
+
+def is_onnx(model: Any) -> bool:
+    """Whether `model` is a path or an ONNX model in memory."""
+    return isinstance(model, (str, os.PathLike, onnx.ModelProto))
+
+
+def _open_onnx(stack: ExitStack, model: Any) -> tuple[files.ModelFile, str]:
+    path = stack.enter_context(as_path(model))
+    return files.load(path), path
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _nodes(attribute.g)

@@ -1,0 +1,228 @@
+"""A torch model in a comparison: run in this process, without leaving a trace in it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from fuser.errors import InputError
+from fuser.proof import data, inputs
+from fuser.proof.float64_torch import InFloat64, nudge, to_numpy, to_torch
+from fuser.proof.inputs import InputSet, Sizes, Spec
+from fuser.proof.outcome import Failure, Outcome, first_line
+from fuser.proof.runners import Feeds
+from fuser.proof.sides import OnnxSide, Probe, finite
+
+
+class TorchRunner:
+    """A module in torch, evaluated as it stands: its mode, its state and the random state are left as they were."""
+
+    runtime = "torch"
+
+    def __init__(self, module: torch.nn.Module, arguments: Arguments) -> None:
+        self._module, self._arguments = module, arguments
+
+    def run(self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False) -> list[Outcome]:
+        """See `Runner.run`; `optimize` lets torch use oneDNN, which is off otherwise."""
+        with torch.backends.mkldnn.flags(enabled=optimize):
+            return [self._run(self._module, values) for values in (sets[:1] if first else sets)]
+
+    def truth(self, sets: Sequence[Feeds], nudges: Sequence[int | None] = (None,)) -> list[list[Outcome]]:
+        """See `Runner.truth`."""
+        answers: list[list[Outcome]] = []
+        for seed in nudges:
+            try:
+                wide = copy.deepcopy(self._module).double()
+                if seed is not None:
+                    nudge(wide, {**dict(self._module.named_parameters()), **dict(self._module.named_buffers())}, seed)
+            except Exception as error:
+                answers.append([Failure("unsupported", f"no float64 copy: {first_line(error)}")] * len(sets))
+                continue
+            with InFloat64():
+                answers.append([self._run(wide, values, wide=True) for values in sets])
+        return answers
+
+    def _run(self, module: torch.nn.Module, values: Feeds, wide: bool = False) -> Outcome:
+        args, kwargs = self._arguments.call(values, wide)
+        try:
+            with torch.no_grad(), torch.random.fork_rng(), torch.autocast("cpu", enabled=False), _undisturbed(module):
+                torch.manual_seed(0)
+                returned = module(*args, **kwargs)
+        except Exception as error:
+            return Failure("refused", first_line(error))
+        return [to_numpy(leaf) if isinstance(leaf, torch.Tensor) else _scalar(leaf) for leaf in pytree.tree_leaves(returned)]
+
+
+class Arguments:
+    """The structure of a module's arguments; its tensors are the inputs of a comparison."""
+
+    def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        self._leaves, self._structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
+        paths, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
+        self.names = [
+            f"input{pytree.keystr(path)[3:]}" if path[0] == pytree.SequenceKey(0) else f"kwargs{pytree.keystr(path)[3:]}"
+            for path, leaf in paths
+            if isinstance(leaf, torch.Tensor)
+        ]
+        self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
+        self.examples = [to_numpy(tensor) for tensor in self.tensors]
+
+    def call(self, values: Feeds, wide: bool) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Positional and keyword arguments that hold `values`."""
+        remaining = iter([to_torch(v, like) for v, like in zip(values, self.tensors, strict=True)])
+        leaves = [next(remaining) if isinstance(leaf, torch.Tensor) else leaf for leaf in self._leaves]
+        if wide:
+            leaves = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self._structure)
+        return args, kwargs
+
+
+class TorchSide:
+    """A module, a GraphModule or an ExportedProgram."""
+
+    is_random = True  # dropout in training mode, torch.rand: two runs from one seed tell
+
+    def __init__(self, module: torch.nn.Module, arguments: Arguments) -> None:
+        self.arguments = arguments
+        self.runner: Any = TorchRunner(module, arguments)
+        # The outputs are known once it has been run on the examples.
+        example = self.runner.run([arguments.examples])[0]
+        if isinstance(example, Failure):
+            raise InputError(f"the module cannot be run on the example inputs: {example}")
+        args, kwargs = arguments.call(arguments.examples, False)
+        with torch.no_grad(), torch.random.fork_rng(), _undisturbed(module):
+            returned = module(*args, **kwargs)
+        self.returned = returned
+        self.output_names = _output_names(returned)
+
+    def lost_by(self, after: Any) -> list[str]:
+        """See `Side.lost_by`: the structure of what is returned, and each tensor's kind."""
+        if not isinstance(after, TorchSide):
+            return []
+        old, new = pytree.tree_structure(self.returned), pytree.tree_structure(after.returned)
+        if old != new:
+            return [f"it returns {new} instead of {old}"]
+        return [
+            problem
+            for name, was, now in zip(
+                self.output_names, pytree.tree_leaves(self.returned), pytree.tree_leaves(after.returned), strict=True
+            )
+            for problem in _differences(name, was, now)
+        ]
+
+    def cannot_pair(self, after: Any) -> str:
+        """See `Side.cannot_pair`."""
+        if len(after.output_names) != len(self.output_names):
+            return f"it has {len(after.output_names)} outputs instead of {len(self.output_names)}"
+        if isinstance(after, OnnxSide) and len(after.input_names) != len(self.arguments.names):
+            return f"it has {len(after.input_names)} inputs instead of {len(self.arguments.names)}"
+        return ""
+
+    def paired(self, after: Any, outputs: list[Any]) -> list[Any]:
+        """See `Side.paired`: by order."""
+        return outputs
+
+    def given(self, source: Any) -> list[InputSet]:
+        """See `Side.given`."""
+        specs = [
+            Spec(name, example.dtype, ["?"] * example.ndim)
+            for name, example in zip(self.arguments.names, self.arguments.examples, strict=True)
+        ]
+        return data.given(source, specs)
+
+    def probe(self, seed: int) -> Probe:
+        """See `Side.probe`: the example inputs are known to fit."""
+        started = time.perf_counter()
+        self.runner.run([self.arguments.examples])
+        return Probe({}, time.perf_counter() - started)
+
+    def more(self, sizes: Sizes, seed: int, number: int) -> list[InputSet]:
+        """See `Side.more`: the examples, and others like them."""
+        sets = [InputSet("the example inputs", tuple(self.arguments.examples))]
+        order = ("normal", "large", "zeros", "negative", "small", "unit")
+        sets += [inputs.vary(self.arguments.examples, kind, seed + index) for index, kind in enumerate(order)]
+        return sets[: max(number, 2)]
+
+    def is_finite(self, outputs: list[Any]) -> bool:
+        """See `Side.is_finite`."""
+        return finite(outputs)
+
+
+def open_torch(
+    model: Any, example_inputs: Sequence[Any] | None, example_kwargs: Mapping[str, Any] | None
+) -> TorchSide | None:
+    """The side for a torch model; None for anything else.  Raises `InputError` where there are no example inputs."""
+    args, kwargs = example_inputs, example_kwargs
+    if isinstance(model, torch.export.ExportedProgram):
+        if args is None and model.example_inputs is not None:
+            args, kwargs = model.example_inputs
+        model = model.module()
+    if not isinstance(model, torch.nn.Module):
+        return None
+    if args is None and isinstance(model, torch.fx.GraphModule):
+        args = _from_metadata(model)
+    if args is None:
+        raise InputError(
+            f"a {type(model).__name__} says nothing of its inputs: give example_inputs=(x, ...), as for its call"
+        )
+    if not isinstance(args, (tuple, list)):
+        raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(args).__name__}")
+    return TorchSide(model, Arguments(args, kwargs or {}))
+
+
+def _from_metadata(module: torch.fx.GraphModule) -> tuple[Any, ...] | None:
+    """Inputs of the shapes that torch.export noted at the placeholders."""
+    examples: list[Any] = []
+    for node in module.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or not all(isinstance(size, int) for size in value.shape):
+            return None
+        generator = torch.Generator().manual_seed(0)
+        floating = value.dtype.is_floating_point
+        examples.append(
+            torch.randn(value.shape, generator=generator).to(value.dtype)
+            if floating
+            else torch.zeros(value.shape, dtype=value.dtype)
+        )
+    return tuple(examples)
+
+
+@contextlib.contextmanager
+def _undisturbed(module: torch.nn.Module) -> Iterator[None]:
+    """Restore buffers that a module in training mode updates in place."""
+    training = any(part.training for part in module.modules())
+    saved = {name: buffer.clone() for name, buffer in module.named_buffers()} if training else {}
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name in saved:
+                    buffer.copy_(saved[name])
+
+
+def _output_names(returned: Any) -> list[str]:
+    paths, _ = pytree.tree_flatten_with_path(returned)
+    return [f"output{pytree.keystr(path)}" for path, _ in paths]
+
+
+def _differences(name: str, was: Any, now: Any) -> Iterator[str]:
+    if isinstance(was, torch.Tensor) != isinstance(now, torch.Tensor):
+        yield f"{name}: it was a {type(was).__name__} and is a {type(now).__name__}"
+    elif isinstance(was, torch.Tensor):
+        for what in ("dtype", "shape", "device"):
+            if getattr(was, what) != getattr(now, what):
+                yield f"{name}: its {what} was {getattr(was, what)} and is {getattr(now, what)}"
+
+
+def _scalar(value: Any) -> Any:
+    return None if value is None else np.asarray(value)

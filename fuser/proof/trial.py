@@ -1,0 +1,250 @@
+"""One set of inputs, both models run on it: judged in steps, gathering more evidence only where it is needed.
+
+Two questions are asked, each with the rule of `compare.py`:
+- of the function: both models in float64.  A right rewrite differs by the rounding of its new constants alone.
+- of the run: the optimized model as the runtime computes it, against the same truth.
+
+The first answer costs one evaluation of each.  Only an output that seems wrong has the noise measured better: first
+the truth with every constant moved by a rounding, then the original with inputs moved, and in the runtime's own
+optimizer.  What is wrong by orders of magnitude is not looked into further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from fuser.proof.compare import Array, Figures, Judge, Judgement, bit_identical, figures
+from fuser.proof.float64_ops import is_float
+from fuser.proof.inputs import InputSet
+from fuser.proof.outcome import Failure, Outcome
+from fuser.proof.rounding import unit_roundoff
+from fuser.proof.sides import Side
+from fuser.proof.verification import Truth
+
+HOPELESS = 100.0
+"""Times what is allowed, beyond which no better measure of the noise is sought."""
+
+_FIRST_NUDGES = (1, 2)
+_MORE_NUDGES = (3, 4, 5, 6, 7, 8)
+_FIRST_MOVES = (1, 2)
+_MORE_MOVES = (3, 4, 5, 6)
+
+
+class Trial:
+    """Both models on one set of inputs.
+
+    truth: what the outputs are judged against.
+    note: why that is not float64.
+    figures: one entry for each output, once judged.
+    """
+
+    def __init__(
+        self,
+        before: Side,
+        after: Side,
+        inputs: InputSet,
+        original: list[Any],
+        candidate: Any,
+        truth: Outcome,
+        candidate_truth: Outcome,
+    ) -> None:
+        self._before, self._after, self._inputs = before, after, inputs
+        self._original = dict(_named(before.output_names, original))
+        self._candidate = dict(_named(before.output_names, before.paired(after, candidate)))
+        self._outcomes = truth, candidate_truth
+        self._nudged: list[dict[str, Any]] = []
+        self._moved: list[dict[str, Any]] = []
+        self.truth: Truth = "none"
+        self.note = ""
+        self.figures: list[Figures] = []
+
+    def bits(self) -> str:
+        """Hold the candidate to an exact contract; what is wrong, or nothing."""
+        self.truth = "bits"
+        return self._each(self._original, lambda name: bit_identical(self._candidate[name], self._original[name]))
+
+    def rounding(self) -> str:
+        """Hold the candidate to the bound; what is wrong, or nothing."""
+        truth, candidate_truth = self._outcomes
+        if isinstance(truth, Failure):
+            self.note = f"the float64 evaluation is not possible: {truth}"
+            return self._noise_floor()
+        wide = dict(_named(self._before.output_names, truth))
+        if problem := self._distrust(wide):
+            self.note = problem
+            return self._noise_floor()
+        self.truth = "float64"
+        if not isinstance(candidate_truth, Failure):
+            candidate = dict(_named(self._before.output_names, self._before.paired(self._after, candidate_truth)))
+            if found := self._each(wide, lambda name: self._same_function(name, candidate, wide), report=False):
+                self._figures(wide, {})
+                return f"{found} (both models in float64)"
+        return self._each(wide, lambda name: self._same_run(name, wide))
+
+    def _same_function(self, name: str, candidate: dict[str, Any], truth: dict[str, Any]) -> Judgement:
+        judgement = Judgement()
+        for samples in self._stages(lambda: self._nudge(_FIRST_NUDGES), lambda: self._nudge(_MORE_NUDGES)):
+            right = [sample[name] for sample in samples if name in sample]
+            judgement = Judge(truth[name], right, self._roundoff(name)).judge(candidate[name])
+            if judgement.fine or judgement.excess > HOPELESS and samples:
+                break
+        return judgement
+
+    def _same_run(self, name: str, truth: dict[str, Any]) -> Judgement:
+        def more() -> list[dict[str, Any]]:
+            return self._nudge(_MORE_NUDGES) + self._move(_FIRST_MOVES) + self._move(_MORE_MOVES)
+
+        judgement = Judgement()
+        for samples in self._stages(lambda: self._nudge(_FIRST_NUDGES), more):
+            right = [self._original[name], *(sample[name] for sample in samples if name in sample)]
+            judgement = Judge(truth[name], right, self._roundoff(name)).judge(self._candidate[name])
+            if judgement.fine or judgement.excess > HOPELESS and samples:
+                break
+        return judgement
+
+    def _noise_floor(self) -> str:
+        """Judge against the original itself, and how much it varies by rounding alone."""
+        self.truth = "noise-floor"
+
+        def judge(name: str) -> Judgement:
+            judgement = Judgement()
+            for samples in self._stages(lambda: self._move(_FIRST_MOVES), lambda: self._move(_MORE_MOVES)):
+                right = [sample[name] for sample in samples if name in sample]
+                judgement = Judge(self._original[name], right, 2 * self._roundoff(name)).judge(self._candidate[name])
+                if judgement.fine or judgement.excess > HOPELESS and samples:
+                    break
+            return judgement
+
+        return self._each(self._original, judge)
+
+    def _each(self, reference: dict[str, Any], judge: Callable[[str], Judgement], report: bool = True) -> str:
+        """Judge every output; the first problem, worst first."""
+        names = list(self._original)
+        if list(self._candidate) != names or list(reference) != names:
+            return f"it returns {len(self._candidate)} values instead of {len(names)}"
+        judgements = {}
+        for name in names:
+            if (problem := self._another_type(name)) is not None:
+                judgements[name] = problem
+            elif self._original[name] is not None:
+                judgements[name] = judge(name)
+        if report:
+            self._figures(reference, judgements)
+        worst = max(judgements, key=lambda name: judgements[name].excess, default="")
+        if not worst or judgements[worst].fine:
+            return ""
+        return f"output {worst!r}: {judgements[worst].problem}"
+
+    def _another_type(self, name: str) -> Judgement | None:
+        original, candidate = self._original[name], self._candidate[name]
+        if (original is None) != (candidate is None):
+            return Judgement(np.inf, "one of the models returns nothing here")
+        if original is not None and original.dtype != candidate.dtype:
+            return Judgement(np.inf, f"its type is {candidate.dtype} instead of {original.dtype}")
+        return None
+
+    def _figures(self, reference: dict[str, Any], judgements: dict[str, Judgement]) -> None:
+        for name, original in self._original.items():
+            if original is None or name not in self._candidate or name not in reference:
+                continue
+            entry = figures(name, self._candidate[name], reference[name], original)
+            entry.excess = judgements[name].excess if name in judgements else 0.0
+            self.figures.append(entry)
+
+    def _distrust(self, truth: dict[str, Any]) -> str:
+        """Why `truth` cannot be the original's function; empty where it can.
+
+        The runtime's own result must be within a tenth of it, unless the model amplifies rounding to that size.
+        """
+        for name, original in self._original.items():
+            wide = truth.get(name)
+            if original is None or wide is None:
+                continue
+            if wide.shape != original.shape:
+                return f"the float64 evaluation gives another shape for {name!r} than the original"
+            if is_float(original.dtype) and _far(original, wide):
+                spread = [_distance(sample[name], wide) for sample in self._nudge(_FIRST_NUDGES) if name in sample]
+                if _distance(original, wide) > 100 * max(spread, default=0.0):
+                    return f"the float64 evaluation of {name!r} is far from what {self._before.runner.runtime} computes"
+        return ""
+
+    def _stages(self, *more: Callable[[], list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
+        """Growing evidence, gathered only when asked for."""
+        samples: list[dict[str, Any]] = []
+        yield samples
+        for gather in more:
+            samples = samples + gather()
+            yield samples
+
+    def _nudge(self, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+        """The truth with constants moved by a rounding; kept, because several outputs ask."""
+        known = len(self._nudged)
+        wanted = len(_FIRST_NUDGES) if seeds == _FIRST_NUDGES else len(_FIRST_NUDGES) + len(_MORE_NUDGES)
+        if known < wanted:
+            order = (_FIRST_NUDGES + _MORE_NUDGES)[known:wanted]
+            answers = self._before.runner.truth([self._inputs.values], order)
+            self._nudged += [self._sample(answer[0]) for answer in answers]
+        first = len(_FIRST_NUDGES)
+        return self._nudged[:first] if seeds == _FIRST_NUDGES else self._nudged[first:]
+
+    def _move(self, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
+        """The original at run time with inputs moved by a unit in the last place; first of all, optimized."""
+        known = len(self._moved)
+        wanted = 1 + len(_FIRST_MOVES) if seeds == _FIRST_MOVES else 1 + len(_FIRST_MOVES) + len(_MORE_MOVES)
+        if known < wanted:
+            values = self._inputs.values
+            if not known:
+                self._moved += [self._sample(self._before.runner.run([values], optimize=True)[0])]
+            order = (_FIRST_MOVES + _MORE_MOVES)[len(self._moved) - 1 : wanted - 1]
+            answers = self._before.runner.run([_moved(values, seed) for seed in order])
+            self._moved += [self._sample(answer) for answer in answers]
+        first = 1 + len(_FIRST_MOVES)
+        return self._moved[:first] if seeds == _FIRST_MOVES else self._moved[first:]
+
+    def _sample(self, outcome: Outcome) -> dict[str, Any]:
+        return {} if isinstance(outcome, Failure) else dict(_named(self._before.output_names, outcome))
+
+    def _roundoff(self, name: str) -> float:
+        dtype = self._original[name].dtype
+        return unit_roundoff(dtype) if is_float(dtype) else 0.0
+
+
+def _named(names: list[str], outputs: list[Any]) -> Iterator[tuple[str, Any]]:
+    """Every array by name; the items of a sequence get an index."""
+    for name, value in zip(names, outputs, strict=True):
+        if isinstance(value, list):
+            yield from ((f"{name}[{index}]", item) for index, item in enumerate(value))
+        else:
+            yield name, value
+
+
+def _moved(values: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    rng = np.random.default_rng(seed)
+
+    def move(value: Any) -> Any:
+        if isinstance(value, list):
+            return [move(item) for item in value]
+        if not isinstance(value, np.ndarray) or not is_float(value.dtype):
+            return value
+        step = 2 * unit_roundoff(value.dtype) * rng.choice([-1.0, 1.0], value.shape)
+        return (value.astype(np.float64) * (1 + step)).astype(value.dtype)
+
+    return tuple(move(value) for value in values)
+
+
+def _distance(values: Array, reference: Array) -> float:
+    if values.shape != reference.shape:
+        return 0.0
+    with np.errstate(invalid="ignore"):
+        error = values.astype(np.float64) - reference.astype(np.float64)
+    error = error[np.isfinite(error)]
+    return float(np.sqrt(np.mean(error**2))) if error.size else 0.0
+
+
+def _far(values: Array, reference: Array) -> bool:
+    finite = reference[np.isfinite(reference)]
+    scale = float(np.sqrt(np.mean(finite**2))) if finite.size else 0.0
+    return _distance(values, reference) > 0.1 * scale

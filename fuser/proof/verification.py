@@ -1,0 +1,108 @@
+"""`Verification`: the verdict on two models, with the figures behind it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from fuser.proof.compare import Figures
+
+Verdict = Literal["equivalent", "different", "incompatible", "unverifiable"]
+Truth = Literal["float64", "noise-floor", "bits", "none"]
+
+
+@dataclass
+class Verification:
+    """What came of comparing two models.
+
+    verdict: "equivalent": the same function to within rounding, and the same interface;
+        "different": the outputs differ by more than rounding explains, or one of the models fails where the
+        other runs; "incompatible": the outputs agree but the interface has lost something; "unverifiable": the
+        comparison could not be made.
+    reason: why, in one line.
+    truth: what the outputs were judged against: "float64" (the float64 result of the original), "noise-floor"
+        (the original's own variation, where float64 could not be had), "bits" (an exact contract), "none".
+    truth_note: why float64 could not be had.
+    outputs: figures, one entry for each output.
+    interface: what the interface has lost, one sentence each.
+    sets: the input sets that were compared, in words.
+    discarded: input sets that the original itself rejects.
+    seconds: wall time.
+    cost_ratio: seconds over what it takes to load and run the original once for each set.
+    """
+
+    verdict: Verdict
+    reason: str = ""
+    contract: str = "rounding"
+    truth: Truth = "none"
+    truth_note: str = ""
+    outputs: list[Figures] = field(default_factory=list)
+    interface: list[str] = field(default_factory=list)
+    sets: list[str] = field(default_factory=list)
+    discarded: int = 0
+    seconds: float = 0.0
+    cost_ratio: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the models are equivalent."""
+        return self.verdict == "equivalent"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in JSON's types."""
+        plain = {key: value for key, value in asdict(self).items() if key != "outputs"}
+        return {**plain, "passed": self.passed, "outputs": [output.to_dict() for output in self.outputs]}
+
+    def __str__(self) -> str:
+        """One line: the verdict, the worst figure, what it was judged against."""
+        if not self.passed:
+            return f"{self.verdict}: {self.reason}"
+        sets = f"{len(self.sets)} input set{'s' if len(self.sets) != 1 else ''}"
+        floats = [output for output in self.outputs if output.snr_db or output.max_abs]
+        if self.truth == "bits" or not floats:
+            return f"equivalent: bit-identical outputs for {sets}"
+        worst = max(floats, key=lambda output: output.relative)
+        against = "the float64 truth" if self.truth == "float64" else "the original (noise floor measured)"
+        return (
+            f"equivalent: the largest error against {against} is {worst.max_abs:.2g} "
+            f"(the original's own: {worst.original:.2g}) for {sets}"
+        )
+
+    def render(self) -> RenderableType:
+        """A table of the figures and the lines that explain them, for a terminal."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table("output", "type", box=None, pad_edge=False)
+        for column in ("max abs", "original", "relative", "ulp", "SNR dB", "cosine", "top-1", "of allowed"):
+            table.add_column(column, justify="right")
+        for output in self.outputs:
+            table.add_row(output.name, output.dtype, *_cells(output))
+        lines = [str(self)]
+        if self.truth_note:
+            lines.append(f"judged against the noise floor: {self.truth_note}")
+        lines += [f"interface: {problem}" for problem in self.interface]
+        lines.append(
+            f"{self.seconds:.2f} s" + (f", {self.cost_ratio:.1f} times the inference" if self.cost_ratio else "")
+        )
+        return Group(*([table] if self.outputs else []), *(Text(line) for line in lines))
+
+
+def _cells(output: Figures) -> list[str]:
+    if output.mismatches:
+        return [f"{output.mismatches} differ", *[""] * 7]
+    return [
+        f"{output.max_abs:.2g}",
+        f"{output.original:.2g}",
+        f"{output.relative:.2g}",
+        f"{output.ulp:.1f}",
+        "inf" if math.isinf(output.snr_db) else f"{output.snr_db:.0f}",
+        f"{output.cosine:.9f}",
+        "" if output.top1 is None else f"{output.top1:.3f}",
+        f"{output.excess:.3f}",
+    ]

@@ -1,0 +1,1 @@
+"""The built-in passes: one file each, the equation in its docstring; they know no framework."""

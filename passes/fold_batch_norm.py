@@ -1,0 +1,98 @@
+"""Fold an inference-mode BatchNorm into the linear operators around it.
+
+    y = batch_norm(W x + b)       =>   y = (s W) x + (s b + t)       into what produces its input, or
+    y = W batch_norm(x) + b       =>   y = (W s) x + (W t + b)       into all that read its output
+
+    s = scale / sqrt(var + epsilon)
+    t = bias - mean * s
+
+W is a convolution (transposed, grouped, of any rank) or a matrix product; on the way the map passes through
+identities, reshapes and transposes where its axis can be proven, averages, sums, and concatenations.
+
+Refusals:
+    training-mode     it normalizes with the statistics of the batch
+    not-per-channel   BatchNormalization-7 with spatial=0 keeps statistics for each element
+    not-constant      a parameter, weight or bias is not known before run time
+    overridable       a parameter, weight or bias is an initializer that the caller may replace
+    quantized         the weight is quantized, and not by a positive factor for each output channel
+    no-linear         no linear operator makes its input, and not all readers of its output can take it
+    shared-output     what it normalizes is read elsewhere, too
+    axis-mismatch     the channels of the linear operator are on another axis
+    rank              whether there is a batch axis is not known, or there is none
+    padding           the convolution that follows pads with zeros, which a shift does not commute with
+    shape-mismatch    the numbers of channels disagree
+    not-finite        the new constants would not be finite in the type of the weight
+    shared-weights    the weight has other readers, and copies were not wanted
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fuser.absorb import Absorption, Walker
+from fuser.affine import ChannelAffine
+from fuser.graph import Array, Graph
+from fuser.ops import BatchNorm
+from fuser.remarks import Missed
+from fuser.rewrite import RewritePass
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(RewritePass[BatchNorm, tuple[BatchNorm, Absorption]]):
+    """shared_weights: "copy" gives a layer its own copy of a weight that others read, "refuse" leaves it alone."""
+
+    shared_weights: str = "copy"
+
+    name, root = "fold-batch-norm", BatchNorm
+
+    def match(self, graph: Graph, op: BatchNorm) -> tuple[BatchNorm, Absorption] | Missed:
+        if op.training:
+            return Missed(
+                "training-mode",
+                "it normalizes with the statistics of the batch",
+                "put the model in eval mode before it is exported",
+            )
+        if not op.per_channel:
+            return Missed("not-per-channel", "it keeps statistics for each element (spatial=0)")
+        affine = _affine(graph, op)
+        if isinstance(affine, Missed):
+            return affine
+        walker = Walker(graph, self.shared_weights)
+        backward = walker.into_producer(op.input, affine, axis=1)
+        if isinstance(backward, Absorption):
+            return op, backward
+        forward = walker.into_readers(op.output, affine, axis=1)
+        if isinstance(forward, Absorption):
+            return op, forward
+        return backward if forward.code == "no-linear" else forward
+
+    def rewrite(self, graph: Graph, match: tuple[BatchNorm, Absorption]) -> str:
+        op, absorption = match
+        done = absorption.apply(graph)
+        graph.replace(op, by=op.input)
+        return done
+
+
+def _affine(graph: Graph, op: BatchNorm) -> ChannelAffine | Missed:
+    parameters: dict[str, Array | None] = {}
+    for field in ("scale", "bias", "mean", "var"):
+        value = getattr(op, field)
+        found = None if value is None else graph.constant(value)
+        if isinstance(found, Missed):
+            return found
+        parameters[field] = found
+    mean, var = parameters["mean"], parameters["var"]
+    if mean is None or var is None:
+        return Missed("training-mode", "it has no running statistics, so it normalizes with those of the batch")
+    shapes = {p.shape for p in parameters.values() if p is not None}
+    if len(shapes) != 1 or mean.ndim != 1:
+        return Missed("shape-mismatch", f"its parameters have the shapes {', '.join(map(str, sorted(shapes)))}")
+    affine = ChannelAffine.from_batch_norm(parameters["scale"], parameters["bias"], mean, var, op.epsilon)
+    if not affine.is_finite:
+        channel = int(np.flatnonzero(~np.isfinite(affine.scale + affine.shift))[0])
+        return Missed(
+            "not-finite", f"channel {channel} has variance {float(var[channel]):g} with epsilon {op.epsilon:g}"
+        )
+    return affine

@@ -1,0 +1,39 @@
+"""Fold operators whose inputs are all known before run time into the constant they make.
+
+    y = f(c1, c2, ...)   =>   y = c
+
+The graph computes the value as its runtime would, so the outputs of the model keep their bits.
+
+Refusals:
+    grows   the constant would take more room than what it replaces, by more than the budget
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuser.graph import Graph
+from fuser.ops import Constant
+from fuser.remarks import Missed
+from fuser.rewrite import Contract, RewritePass
+
+
+@dataclass(frozen=True)
+class FoldConstants(RewritePass[Constant, Constant]):
+    """max_growth: how many elements more than before the model may hold for one constant."""
+
+    max_growth: int = 16_384
+
+    name, root, contract = "fold-constants", Constant, Contract.EXACT
+
+    def match(self, graph: Graph, op: Constant) -> Constant | Missed:
+        if op.elements_made - op.elements_freed > self.max_growth:
+            return Missed(
+                "grows",
+                f"it would store {op.elements_made:,} elements in the place of {op.elements_freed:,}",
+            )
+        return op
+
+    def rewrite(self, graph: Graph, match: Constant) -> str:
+        graph.replace_with_constant(match)
+        return f"a constant of {match.elements_made:,} elements"

@@ -1,0 +1,200 @@
+"""The command line as a person meets it: what it prints, how it exits, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
+
+
+def fuser(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fuser", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200", **env},
+        timeout=120,
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with one model that folds."""
+    nodes = [conv(), batch_norm("c", "b"), node("Relu", ["b"])]
+    onnx.save(model(nodes, constants=conv_constants(), x=(1, 4, 8, 8)), tmp_path / "net.onnx")
+    return tmp_path
+
+
+def test_optimize_writes_a_verified_file_under_the_default_name(folder: Path) -> None:
+    done = fuser("optimize", folder / "net.onnx")
+    assert done.returncode == 0, done.stderr
+    assert op_types(onnx.load(folder / "net.fused.onnx").graph) == ["Conv", "Relu"]
+    assert "fold-batch-norm" in done.stdout
+    assert "verified" in done.stdout
+    assert f"wrote {folder / 'net.fused.onnx'}" in done.stdout
+    assert sorted(os.listdir(folder)) == ["net.fused.onnx", "net.onnx"]
+
+
+def test_optimize_in_place(folder: Path) -> None:
+    assert fuser("optimize", folder / "net.onnx", folder / "net.onnx", "--quiet").stdout == ""
+    assert op_types(onnx.load(folder / "net.onnx").graph) == ["Conv", "Relu"]
+    assert os.listdir(folder) == ["net.onnx"]
+
+
+def test_a_second_run_applies_nothing_says_so_and_writes_the_same_bytes(folder: Path) -> None:
+    fuser("optimize", folder / "net.onnx", folder / "a.onnx")
+    done = fuser("optimize", folder / "a.onnx", folder / "b.onnx")
+    assert done.returncode == 0
+    assert "0 rewrites" in done.stdout
+    assert (folder / "a.onnx").read_bytes() == (folder / "b.onnx").read_bytes()
+
+
+def test_plan_changes_nothing(folder: Path) -> None:
+    done = fuser("optimize", folder / "net.onnx", "--plan")
+    assert done.returncode == 0
+    assert "fold-batch-norm" in done.stdout
+    assert "nothing was written" in done.stdout
+    assert os.listdir(folder) == ["net.onnx"]
+
+
+def test_explain_prints_a_line_for_each_candidate(folder: Path) -> None:
+    done = fuser("explain", folder / "net.onnx", "--passes", "fold-batch-norm")
+    first, last = done.stdout.strip().splitlines()
+    assert first.startswith("applied fold-batch-norm @ bn_b: ")
+    assert last == "1 would be applied, 0 missed; nothing was written"
+    assert os.listdir(folder) == ["net.onnx"]
+
+
+def test_explain_as_json(folder: Path) -> None:
+    story = json.loads(fuser("explain", folder / "net.onnx", "--json").stdout)
+    assert [r["site"] for r in story["applied"] if r["pass_name"] == "fold-batch-norm"] == ["bn_b"]
+
+
+def test_the_report_is_json_with_the_whole_story(folder: Path) -> None:
+    fuser("optimize", folder / "net.onnx", "--report", folder / "story.json")
+    story = json.loads((folder / "story.json").read_text())
+    assert story["before"]["ops"] == {"Conv": 1, "BatchNormalization": 1, "Relu": 1}
+    assert story["after"]["ops"] == {"Conv": 1, "Relu": 1}
+    assert story["verification"]["passed"] is True
+    assert story["written"] == [str(folder / "net.fused.onnx")]
+
+
+def test_passes_and_skip(folder: Path) -> None:
+    done = fuser("optimize", folder / "net.onnx", "--skip", "fold-batch-norm")
+    assert done.returncode == 0
+    assert (folder / "net.fused.onnx").read_bytes() == (folder / "net.onnx").read_bytes()
+
+
+def test_overridable_weights_are_told_in_one_line_and_freeze_inputs_folds_them(tmp_path: Path) -> None:
+    constants = conv_constants()
+    proto = model([conv(), batch_norm()], constants=constants, also_inputs=list(constants), x=(1, 4, 8, 8))
+    onnx.save(proto, tmp_path / "net.onnx")
+    done = fuser("optimize", tmp_path / "net.onnx")
+    assert done.returncode == 0
+    assert "--freeze-inputs makes those inputs constant" in done.stdout
+    assert (tmp_path / "net.fused.onnx").read_bytes() == (tmp_path / "net.onnx").read_bytes()
+    assert fuser("optimize", tmp_path / "net.onnx", "--freeze-inputs").returncode == 0
+    after = onnx.load(tmp_path / "net.fused.onnx")
+    assert op_types(after.graph) == ["Conv"]
+    assert [i.name for i in after.graph.input] == ["x"]
+
+
+def test_passes_lists_what_is_registered() -> None:
+    done = fuser("passes")
+    assert done.returncode == 0
+    assert "fold-batch-norm" in done.stdout
+    assert "graph-fuser" in done.stdout
+
+
+def test_help_is_quick_and_an_onnx_job_never_imports_torch(folder: Path) -> None:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        assert fuser("--help").returncode == 0
+        times.append(time.perf_counter() - started)
+    assert min(times) < 1
+    script = (
+        "import sys, fuser\n"
+        f"fuser.optimize({str(folder / 'net.onnx')!r}, verify=False)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
+
+
+# -- bad input: one line, exit code 2, nothing written
+
+BAD = {
+    "missing": None,
+    "empty": b"",
+    "text": b"this is not a model, it is a poem\n" * 20,
+    "json": b'{"ir_version": 8, "graph": {}}',
+    "zip": b"PK\x03\x04" + bytes(100),
+    "noise": bytes(np.random.default_rng(3).integers(0, 256, 5000, dtype=np.uint8)),
+}
+
+
+@pytest.mark.parametrize("command", ["optimize", "explain"])
+@pytest.mark.parametrize("case", [*BAD, "directory", "truncated", "external-data-missing"])
+def test_bad_input(command: str, case: str, folder: Path) -> None:
+    path = folder / "bad.onnx"
+    if case == "directory":
+        path.mkdir()
+    elif case == "truncated":
+        path.write_bytes((folder / "net.onnx").read_bytes()[:-300])
+    elif case == "external-data-missing":
+        onnx.save(onnx.load(folder / "net.onnx"), path, save_as_external_data=True, location="w.bin", size_threshold=0)
+        (folder / "w.bin").unlink()
+    elif (data := BAD[case]) is not None:
+        path.write_bytes(data)
+    before = sorted(os.listdir(folder))
+    done = fuser(command, path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert sorted(os.listdir(folder)) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--passes", "fold-batchnorm"], "there is no pass 'fold-batchnorm'"),
+        (["--skip", "nothing"], "there is no pass 'nothing'"),
+        (["--input-shape", "x=1,3"], "--input-shape takes NAME:1,3,224,224"),
+        (["--on-failure", "ignore"], "on_failure is one of rollback, abort"),
+        (["--layout", "both"], "layout is one of auto, single, external"),
+        (["--shared-weights", "maybe"], "shared_weights is one of copy, refuse"),
+        (["--report", "no/such/folder/r.json"], "cannot write"),
+    ],
+)
+def test_bad_usage(arguments: list[str], says: str, folder: Path) -> None:
+    done = fuser("optimize", "net.onnx", *arguments, cwd=folder)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert os.listdir(folder) == ["net.onnx"]
+
+
+def test_an_output_that_cannot_be_written(folder: Path) -> None:
+    done = fuser("optimize", folder / "net.onnx", folder / "no" / "such" / "out.onnx")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert os.listdir(folder) == ["net.onnx"]
+
+
+def test_an_output_that_is_a_directory(folder: Path) -> None:
+    (folder / "out").mkdir()
+    done = fuser("optimize", folder / "net.onnx", folder / "out")
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert os.listdir(folder / "out") == []
