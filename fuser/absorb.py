@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 
 from fuser import affine as algebra
-from fuser.affine import ChannelAffine, WeightLayout
+from fuser.affine import ChannelAffine, Constants, WeightLayout
 from fuser.graph import Array, Dim, Graph
+from fuser.maps import Map
 from fuser.ops import (
     AveragePool,
     Concat,
@@ -35,16 +37,20 @@ from fuser.rewrite import HOOKED
 MAX_BRANCHES = 64
 """How deep sums and concatenations may nest before the walk gives up."""
 
+MAX_SPREAD = 1 << 24
+"""How many elements a map may be spread over to follow it through a change of shape."""
+
 
 @dataclass(frozen=True, eq=False)
-class Map:
-    """An affine map of a value along `axis`; None for a scalar, which is the same along every axis."""
+class Take:
+    """A linear operator that can take `affine`: applied to its output, or else to its input."""
 
+    op: Conv | Linear
     affine: ChannelAffine
-    axis: int | None
+    after: bool
 
-    def along(self, axis: int, affine: ChannelAffine | None = None) -> Map:
-        return Map(affine or self.affine, None if self.axis is None else axis)
+
+Takes: TypeAlias = list[Take] | Missed
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,42 +85,42 @@ class Walker:
     graph: Graph
     shared_weights: str = "copy"
 
-    def into_producer(self, value: Value, affine: ChannelAffine, axis: int | None) -> Absorption | Missed:
-        """Absorb `affine`, along `axis` of `value`, into what produces the value.
+    def into_producer(self, value: Value, m: Map) -> Absorption | Missed:
+        """Absorb a map of `value` into what produces the value.
 
         Legal when every value on the way is read once, and the linear operators' constants are known.
         """
-        edits = self._back(value, Map(affine, axis), 0)
-        return edits if isinstance(edits, Missed) else self._absorption(edits)
+        return self._absorption(self._back(value, m, 0))
 
-    def into_readers(self, value: Value, affine: ChannelAffine, axis: int | None) -> Absorption | Missed:
-        """Absorb `affine`, along `axis` of `value`, into everything that reads the value's mapped version.
+    def into_readers(self, value: Value, m: Map) -> Absorption | Missed:
+        """Absorb a map into everything that reads `value`, the output of the op that applies the map.
 
-        `value` is the output of the op that applies the map.  Legal when every reader can take it.
+        Legal when every reader can take it.
         """
-        edits = self._forth(value, Map(affine, axis), 0)
-        return edits if isinstance(edits, Missed) else self._absorption(edits)
+        return self._absorption(self._forth(value, m, 0))
 
-    def _absorption(self, edits: list[Edit]) -> Absorption | Missed:
-        notes = []
+    def _absorption(self, takes: Takes) -> Absorption | Missed:
+        if isinstance(takes, Missed):
+            return takes
+        edits, notes = [], []
+        for take in takes:
+            found = self._edits(take)
+            if isinstance(found, Missed):
+                return found
+            edits += found
         for edit in edits:
-            for field in ("weight", "scale"):
-                value = getattr(edit.op, field, None)
-                if field not in edit.arrays or value is None or len(self.graph.readers(value)) < 2:
+            for field in edit.arrays.keys() & {"weight", "scale"}:
+                if len(self.graph.readers(getattr(edit.op, field))) < 2:
                     continue
                 if self.shared_weights == "refuse":
-                    return Missed(
-                        "shared-weights",
-                        f"the weight of {self.graph.describe(edit.op)} has other readers",
-                        "--shared-weights=copy gives this layer its own copy",
-                    )
+                    return shared_weights(self.graph, edit.op)
                 notes.append(f" (its own copy of a shared weight: {edit.arrays[field].nbytes:,} bytes)")
-        names = ", ".join(self.graph.describe(edit.op) for edit in edits)
+        names = ", ".join(self.graph.describe(take.op) for take in takes)
         return Absorption(tuple(edits), f"into {names}{''.join(notes)}")
 
     # -- backward
 
-    def _back(self, value: Value, m: Map, depth: int) -> list[Edit] | Missed:
+    def _back(self, value: Value, m: Map, depth: int) -> Takes:
         while True:
             op = self.graph.op_producing(value)
             if op is None or depth > MAX_BRANCHES:
@@ -156,45 +162,43 @@ class Walker:
                 return self._through_reshape(op, self.graph.shape(op.output), self.graph.shape(op.input), m)
         return Missed("no-linear", f"{self.graph.describe(op)}, which feeds it, is not a linear operator")
 
-    def _concat_after(self, op: Concat, m: Map, depth: int) -> list[Edit] | Missed:
-        if m.axis is None or m.axis != op.axis:
-            parts = [m.affine] * len(op.inputs)
-        else:
-            sizes = [self._size(value, op.axis) for value in op.inputs]
-            if not all(isinstance(size, int) for size in sizes):
-                return Missed("axis-mismatch", f"the sizes that {self.graph.describe(op)} joins are not known")
-            if sum(sizes) != m.affine.channels:  # type: ignore[arg-type]
-                return _misfit(self.graph.describe(op), sum(sizes), m.affine)  # type: ignore[arg-type]
-            parts = m.affine.split(sizes)  # type: ignore[arg-type]
-        return self._all_back([(v, replace(m, affine=a)) for v, a in zip(op.inputs, parts, strict=True)], depth)
+    def _concat_after(self, op: Concat, m: Map, depth: int) -> Takes:
+        parts = [m.affine] * len(op.inputs)
+        if m.axis is not None and m.axis == op.axis:
+            sizes = self._sizes(op)
+            if isinstance(sizes, Missed):
+                return sizes
+            if sum(sizes) != m.affine.channels:
+                return _misfit(self.graph.describe(op), sum(sizes), m.affine)
+            parts = m.affine.split(sizes)
+        return self._all_back([(v, Map(a, m.axis)) for v, a in zip(op.inputs, parts, strict=True)], depth)
 
-    def _sum_after(self, op: Elementwise, m: Map, depth: int) -> list[Edit] | Missed:
+    def _sum_after(self, op: Elementwise, m: Map, depth: int) -> Takes:
         left, right = self.graph.shape(op.left), self.graph.shape(op.right)
         if left is None or left != right or None in left:
             return Missed("no-linear", f"{self.graph.describe(op)}, which feeds it, is not a sum of equal shapes")
-        return self._all_back([(op.left, m), (op.right, replace(m, affine=m.affine.scale_only()))], depth)
+        return self._all_back([(op.left, m), (op.right, Map(m.affine.scale_only(), m.axis))], depth)
 
-    def _all_back(self, branches: Sequence[tuple[Value, Map]], depth: int) -> list[Edit] | Missed:
-        edits: list[Edit] = []
+    def _all_back(self, branches: Sequence[tuple[Value, Map]], depth: int) -> Takes:
+        takes: list[Take] = []
         for value, m in branches:
             found = self._back(value, m, depth + 1)
             if isinstance(found, Missed):
                 return found
-            edits += found
-        return edits
+            takes += found
+        return takes
 
-    def _conv_after(self, op: Conv, m: Map) -> list[Edit] | Missed:
+    def _conv_after(self, op: Conv, m: Map) -> Takes:
         name = self.graph.describe(op)
         if m.axis not in (None, 1):
             return Missed("axis-mismatch", f"it works along axis {m.axis}, but the channels of {name} are on axis 1")
-        if (refused := self._unbatched(op)) is not None:
+        if m.axis is not None and (refused := self._unbatched(op)) is not None:
             return refused
-        return self._after(op, m.affine, WeightLayout(op.transposed, op.groups))
+        return [Take(op, m.affine, after=True)]
 
-    def _linear_after(self, op: Linear, m: Map) -> list[Edit] | Missed:
-        name = self.graph.describe(op)
+    def _linear_after(self, op: Linear, m: Map) -> Takes:
         if m.axis is not None:
-            rank = self.graph.rank(op.output)
+            name, rank = self.graph.describe(op), self.graph.rank(op.output)
             if rank is None:
                 return _unknown_rank(name)
             if m.axis != rank - 1:
@@ -202,25 +206,28 @@ class Walker:
                     "axis-mismatch",
                     f"it works along axis {m.axis}, but the features of {name} are on axis {rank - 1}",
                 )
-        return self._after(op, m.affine, WeightLayout(transposed=op.out_axis == 1))
+        return [Take(op, m.affine, after=True)]
 
     # -- forward
 
-    def _forth(self, value: Value, m: Map, depth: int) -> list[Edit] | Missed:
+    def _forth(self, value: Value, m: Map, depth: int) -> Takes:
         readers = self.graph.readers(value)
         if not readers or depth > MAX_BRANCHES:
             return Missed("no-linear", f"nothing reads {self.graph.describe(value)} that could take it")
-        edits: list[Edit] = []
+        takes: list[Take] = []
         for reader in readers:
             found = self._into_reader(value, reader.name, reader.op, m, depth)
             if isinstance(found, Missed):
                 return found
-            edits += found
-        if len({id(edit.op.node) for edit in edits}) < len(edits):
+            takes += found
+        if len({id(take.op.node) for take in takes}) < len(takes):
             return Missed("no-linear", f"one reader of {self.graph.describe(value)} takes it twice")
-        return edits
+        return takes
 
-    def _into_reader(self, value: Value, name: str, op: Op | None, m: Map, depth: int) -> list[Edit] | Missed:
+    def _into_reader(self, value: Value, name: str, op: Op | None, m: Map, depth: int) -> Takes:
+        if isinstance(op, Concat) and not op.hooked:
+            moved = self._in_concat(value, op, m)
+            return moved if isinstance(moved, Missed) else self._forth(op.output, moved, depth + 1)
         if op is None or getattr(op, "input", None) is not value:
             return Missed("no-linear", f"{name}, which reads it, cannot take it")
         if op.hooked:
@@ -246,11 +253,23 @@ class Walker:
                 return self._through_reshape(op, self.graph.shape(op.input), self.graph.shape(op.output), m)
         return Missed("no-linear", f"{self.graph.describe(op)}, which reads it, cannot take it")
 
-    def _conv_before(self, op: Conv, m: Map) -> list[Edit] | Missed:
+    def _in_concat(self, value: Value, op: Concat, m: Map) -> Map | Missed:
+        """The map on a concatenation that does nothing to the other inputs."""
+        sizes = self._sizes(op)
+        if m.axis not in (None, op.axis) or isinstance(sizes, Missed):
+            return Missed("no-linear", f"{self.graph.describe(op)}, which reads it, cannot take it")
+        parts = []
+        for v, size in zip(op.inputs, sizes, strict=True):
+            if v is value and m.affine.channels not in (1, size):
+                return _misfit(self.graph.describe(v), size, m.affine)
+            parts.append(m.affine.sized(size) if v is value else ChannelAffine.identity(size))
+        return Map(ChannelAffine.join(parts), op.axis)
+
+    def _conv_before(self, op: Conv, m: Map) -> Takes:
         name = self.graph.describe(op)
         if m.axis not in (None, 1):
             return Missed("axis-mismatch", f"it works along axis {m.axis}, but {name} reads its channels on axis 1")
-        if (refused := self._unbatched(op)) is not None:
+        if m.axis is not None and (refused := self._unbatched(op)) is not None:
             return refused
         padded = op.transposed or op.padding is None or any(side for pads in op.padding for side in pads)
         if padded and m.affine.shift.any():
@@ -259,9 +278,9 @@ class Walker:
                 f"{name}, which reads it, pads with zeros, and a shift does not commute with that",
                 "move the padding before the normalization, or retrain with the normalization after the convolution",
             )
-        return self._ahead(op, m.affine, WeightLayout(op.transposed, op.groups))
+        return [Take(op, m.affine, after=False)]
 
-    def _linear_before(self, op: Linear, m: Map) -> list[Edit] | Missed:
+    def _linear_before(self, op: Linear, m: Map) -> Takes:
         if m.axis is not None:
             rank = self.graph.rank(op.input)
             if rank is None:
@@ -269,95 +288,65 @@ class Walker:
             if m.axis != op.in_axis % rank:
                 name = self.graph.describe(op)
                 return Missed("axis-mismatch", f"it works along axis {m.axis}, but {name} sums over another axis")
-        return self._ahead(op, m.affine, WeightLayout(transposed=op.out_axis == 1))
+        return [Take(op, m.affine, after=False)]
 
     # -- the constants
 
-    def _after(self, op: Conv | Linear, affine: ChannelAffine, layout: WeightLayout) -> list[Edit] | Missed:
-        """s * (W x + b) + t = (s W) x + (s b + t)."""
-        if isinstance(producer := self.graph.op_producing(op.weight), Dequantize):
-            return self._dequantized_after(op, producer, affine, layout)
-        operands = self._operands(op, layout)
-        if isinstance(operands, Missed):
-            return operands
-        weight, bias, alpha = operands
-        if affine.channels not in (1, layout.outputs(weight.shape)):
-            return _misfit(self.graph.describe(op), layout.outputs(weight.shape), affine)
-        affine = affine.sized(layout.outputs(weight.shape))
-        factor = layout.along_outputs(affine.scale * alpha, weight.shape)
-        return self._edit(op, weight, bias, factor, bias * affine.scale + affine.shift)
-
-    def _ahead(self, op: Conv | Linear, affine: ChannelAffine, layout: WeightLayout) -> list[Edit] | Missed:
-        """W (s x + t) + b = (W s) x + (W t + b)."""
-        operands = self._operands(op, layout)
-        if isinstance(operands, Missed):
-            return operands
-        weight, bias, alpha = operands
-        if affine.channels not in (1, layout.inputs(weight.shape)):
-            return _misfit(self.graph.describe(op), layout.inputs(weight.shape), affine)
-        affine = affine.sized(layout.inputs(weight.shape))
-        factor = layout.along_inputs(affine.scale * alpha, weight.shape)
-        if not affine.shift.any():
-            return self._edit(op, weight, bias, factor, bias)
-        return self._edit(op, weight, bias, factor, bias + alpha * algebra.carried(weight, affine.shift, layout))
-
-    def _operands(self, op: Conv | Linear, layout: WeightLayout) -> tuple[Array, Array, float] | Missed:
-        """(weight, bias in float64 [Cout] or [M, Cout], alpha); the bias as it is added, zeros where there is none."""
-        weight = self.graph.constant(op.weight)
-        if isinstance(weight, Missed):
-            return weight
-        alpha, beta = (op.alpha, op.beta) if isinstance(op, Linear) else (1.0, 1.0)
-        outputs = layout.outputs(weight.shape)
-        if op.bias is None or beta == 0:
-            return weight, np.zeros(outputs), alpha
-        bias = self.graph.constant(op.bias)
-        if isinstance(bias, Missed):
-            return bias
-        if bias.ndim and bias.shape[-1] not in (1, outputs):
-            return Missed("shape-mismatch", f"the bias of {self.graph.describe(op)} has the shape {bias.shape}")
-        wide = np.broadcast_to(bias.astype(np.float64) * beta, (*bias.shape[:-1], outputs))
-        return weight, wide.reshape(-1) if wide.size == outputs else wide, alpha
-
-    def _edit(
-        self, op: Conv | Linear, weight: Array, bias: Array, factor: Array, new_bias: Array
-    ) -> list[Edit] | Missed:
-        name = self.graph.describe(op)
-        new_weight = algebra.scaled(weight, factor, weight.dtype)
-        new_bias = algebra.rounded(new_bias, weight.dtype)
-        if not (algebra.is_finite(new_weight) and algebra.is_finite(new_bias)):
+    def _edits(self, take: Take) -> list[Edit] | Missed:
+        """The new constants of one operator; equations in `fuser.affine`."""
+        op, name = take.op, self.graph.describe(take.op)
+        layout = layout_of(op)
+        if isinstance(producer := self.graph.op_producing(op.weight), Dequantize) and take.after:
+            return self._requantized(op, producer, take.affine, layout)
+        old = constants_of(self.graph, op)
+        if isinstance(old, Missed):
+            return old
+        shape = old.weight.shape
+        channels = layout.outputs(shape) if take.after else layout.inputs(shape)
+        if take.affine.channels not in (1, channels):
+            return _misfit(name, channels, take.affine)
+        affine = take.affine.sized(channels)
+        if take.after:
+            factor, bias = layout.along_outputs(affine.scale, shape), old.bias * affine.scale + affine.shift
+        else:
+            shift = old.alpha * algebra.carried(old.weight, affine.shift, layout) if affine.shift.any() else 0.0
+            factor, bias = layout.along_inputs(affine.scale, shape), old.bias + shift
+        arrays = new_constants(op, old, factor * old.alpha, bias)
+        new = Constants(arrays.get("weight", old.weight), arrays.get("bias", bias))
+        if not (algebra.is_finite(new.weight) and algebra.is_finite(new.bias)):
             return Missed(
                 "not-finite",
-                f"the new constants of {name} would not be finite in {weight.dtype}",
+                f"the new constants of {name} would not be finite in {old.weight.dtype}",
                 "look for a variance of zero without epsilon, or keep this layer in a wider type",
             )
-        arrays = {"weight": new_weight}
-        if op.bias is not None or new_bias.any():
-            arrays["bias"] = new_bias
-        return [Edit(op, arrays)]
+        side = {"after" if take.after else "before": affine}
+        if not algebra.agree(old, new, layout, **side):
+            return Missed("unsound", f"the new constants of {name} do not do what the old ones did, on a test input")
+        return [Edit(op, arrays)] if arrays else []
 
-    def _dequantized_after(
+    def _requantized(
         self, op: Conv | Linear, dequantize: Dequantize, affine: ChannelAffine, layout: WeightLayout
     ) -> list[Edit] | Missed:
         """The integers stay: s * ((q - z) * scale) = (q - z) * (s * scale), for one scale per output channel."""
         name = self.graph.describe(op)
-        plain = not layout.transposed and layout.groups >= 1
-        if not plain or dequantize.axis != 0 or len(self.graph.readers(dequantize.output)) != 1:
-            return Missed(
-                "quantized", f"the weight of {name} has no quantization scale of its own for each output channel"
-            )
+        axis = 1 if layout.transposed else 0
+        if dequantize.axis != axis or (layout.transposed and layout.groups > 1) or dequantize.hooked:
+            return Missed("quantized", f"the weight of {name} has no scale of its own for each output channel")
+        if len(self.graph.readers(dequantize.output)) != 1:
+            return Missed("quantized", f"the quantized weight of {name} has other readers")
         if not (affine.scale > 0).all():
             return Missed("quantized", f"a factor for the quantization scales of {name} is not positive")
         scale = self.graph.constant(dequantize.scale)
         bias = None if op.bias is None else self.graph.constant(op.bias)
-        for found in (scale, bias):
-            if isinstance(found, Missed):
-                return found
-        assert isinstance(scale, np.ndarray)
+        if isinstance(scale, Missed):
+            return scale
+        if isinstance(bias, Missed):
+            return bias
         if affine.channels not in (1, scale.size) or (isinstance(op, Linear) and (op.alpha, op.beta) != (1, 1)):
             return _misfit(name, scale.size, affine)
         affine = affine.sized(scale.size)
-        old = np.zeros(scale.size) if bias is None else np.asarray(bias, np.float64)
-        new_scale = algebra.rounded(scale.astype(np.float64) * affine.scale, scale.dtype)
+        old = 0.0 if bias is None else np.asarray(bias, np.float64)
+        new_scale = algebra.scaled(scale, affine.scale, scale.dtype)
         new_bias = algebra.rounded(old * affine.scale + affine.shift, scale.dtype)
         if not (algebra.is_finite(new_scale) and algebra.is_finite(new_bias)) or not (new_scale > 0).all():
             return Missed("not-finite", f"the new quantization scales of {name} would leave the range of {scale.dtype}")
@@ -375,6 +364,13 @@ class Walker:
             )
         return None
 
+    def _sizes(self, op: Concat) -> list[int] | Missed:
+        """How much of the axis that is joined belongs to each input."""
+        sizes = [self._size(value, op.axis) for value in op.inputs]
+        if not all(isinstance(size, int) for size in sizes):
+            return Missed("axis-mismatch", f"the sizes that {self.graph.describe(op)} joins are not known")
+        return [size for size in sizes if isinstance(size, int)]
+
     def _size(self, value: Value, axis: int) -> Dim:
         """The size along `axis`; a convolution tells that of axis 1 by its weight, even where shapes are not known."""
         shape = self.graph.shape(value)
@@ -385,7 +381,7 @@ class Walker:
         if weight is None or not all(isinstance(dim, int) for dim in weight):
             return None
         assert isinstance(op, Conv)
-        return WeightLayout(op.transposed, op.groups).outputs([int(dim) for dim in weight if dim is not None])
+        return layout_of(op).outputs([int(dim) for dim in weight if dim is not None])
 
     def _through_reshape(
         self, op: Op, source: Sequence[Dim] | None, target: Sequence[Dim] | None, m: Map
@@ -401,6 +397,51 @@ class Walker:
         return moved
 
 
+def shared_weights(graph: Graph, op: Op) -> Missed:
+    """Said where copies of shared weights are not wanted."""
+    return Missed(
+        "shared-weights",
+        f"the weight of {graph.describe(op)} has other readers",
+        "--shared-weights=copy gives this layer its own copy",
+    )
+
+
+def layout_of(op: Conv | Linear) -> WeightLayout:
+    """Where the channels are in the weight of `op`."""
+    if isinstance(op, Conv):
+        return WeightLayout(op.transposed, op.groups)
+    return WeightLayout(transposed=op.out_axis == 1)
+
+
+def constants_of(graph: Graph, op: Conv | Linear) -> Constants | Missed:
+    """The constants of `op`, the bias in float64 as it is added: zeros where there is none."""
+    weight = graph.constant(op.weight)
+    if isinstance(weight, Missed):
+        return weight
+    alpha, beta = (op.alpha, op.beta) if isinstance(op, Linear) else (1.0, 1.0)
+    outputs = layout_of(op).outputs(weight.shape)
+    if op.bias is None or beta == 0:
+        return Constants(weight, np.zeros(outputs), alpha)
+    bias = graph.constant(op.bias)
+    if isinstance(bias, Missed):
+        return bias
+    if bias.ndim and bias.shape[-1] not in (1, outputs):
+        return Missed("shape-mismatch", f"the bias of {graph.describe(op)} has the shape {bias.shape}")
+    wide = np.broadcast_to(bias.astype(np.float64) * beta, (*bias.shape[:-1], outputs))
+    return Constants(weight, wide.reshape(-1) if wide.size == outputs else wide, alpha)
+
+
+def new_constants(op: Conv | Linear, old: Constants, factor: Array, bias: Array) -> dict[str, Array]:
+    """What `set_constants` has to be given for weight * factor and `bias`: only what changes, in the stored type."""
+    neutral = not isinstance(op, Linear) or (op.alpha, op.beta) == (1.0, 1.0)
+    dtype, arrays = old.weight.dtype, {}
+    if not neutral or (factor != 1).any():
+        arrays["weight"] = algebra.scaled(old.weight, factor, dtype)
+    if (op.bias is not None and not neutral) or not np.array_equal(bias, old.bias):
+        arrays["bias"] = algebra.rounded(bias, dtype)
+    return arrays
+
+
 def moved_axis(here: Sequence[Dim], there: Sequence[Dim], m: Map) -> Map | None:
     """A map along an axis of the shape `here`, after a reshape to `there`; None where it is no map along an axis.
 
@@ -410,28 +451,24 @@ def moved_axis(here: Sequence[Dim], there: Sequence[Dim], m: Map) -> Map | None:
     assert m.axis is not None
     if here and there and _product(here[1:]) is not None and _product(here[1:]) == _product(there[1:]):
         here, there = ("batch", *here[1:]), ("batch", *there[1:])
-    front = 0
-    while front < min(len(here), len(there)) and here[front] is not None and here[front] == there[front]:
-        front += 1
+    front = _common(here, there)
     if m.axis < front:
         return m
-    back = 0
-    while (
-        back < min(len(here), len(there)) - front
-        and here[-1 - back] is not None
-        and here[-1 - back] == there[-1 - back]
-    ):
-        back += 1
+    back = _common(here[front:][::-1], there[front:][::-1])
     if m.axis >= len(here) - back:
         # The sizes behind are the same on both sides, so whatever is in front of them is, too.
         return m.along(m.axis - len(here) + len(there))
     old, new = here[front : len(here) - back], there[front : len(there) - back]
     size = _product(old)
-    if size is None or size != _product(new) or size == 0:
+    if size is None or size != _product(new) or not 0 < size <= MAX_SPREAD:
         return None
-    affine = m.affine.sized(int(old[m.axis - front]))  # type: ignore[arg-type]
+    lengths = [dim for dim in old if isinstance(dim, int)]
+    if m.affine.channels not in (1, lengths[m.axis - front]):
+        return None
+    affine = m.affine.sized(lengths[m.axis - front])
+    trailing = [1] * (len(old) - (m.axis - front) - 1)
     values = [
-        np.broadcast_to(v.reshape(-1, *[1] * (len(old) - (m.axis - front) - 1)), old).reshape(new)  # type: ignore[arg-type]
+        np.broadcast_to(v.reshape(-1, *trailing), lengths).reshape([dim for dim in new if isinstance(dim, int)])
         for v in (affine.scale, affine.shift)
     ]
     for axis in range(len(new)):
@@ -442,8 +479,19 @@ def moved_axis(here: Sequence[Dim], there: Sequence[Dim], m: Map) -> Map | None:
     return None
 
 
+def _common(a: Sequence[Dim], b: Sequence[Dim]) -> int:
+    """How many sizes are known and the same at the beginning of two shapes."""
+    count = 0
+    for x, y in zip(a, b, strict=False):
+        if x is None or x != y:
+            break
+        count += 1
+    return count
+
+
 def _product(shape: Sequence[Dim]) -> int | None:
-    return math.prod(shape) if all(isinstance(dim, int) for dim in shape) else None  # type: ignore[arg-type]
+    sizes = [dim for dim in shape if isinstance(dim, int)]
+    return math.prod(sizes) if len(sizes) == len(shape) else None
 
 
 def _unknown_rank(name: str) -> Missed:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
+import ml_dtypes
 import numpy as np
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -39,6 +40,16 @@ class ChannelAffine:
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             s = (1.0 if scale is None else _float64(scale)) / np.sqrt(_float64(var) + epsilon)
             return cls(s, (0.0 if bias is None else _float64(bias)) - _float64(mean) * s)
+
+    @classmethod
+    def identity(cls, channels: int) -> ChannelAffine:
+        """x -> x."""
+        return cls(np.ones(channels), np.zeros(channels))
+
+    @classmethod
+    def join(cls, parts: Sequence[ChannelAffine]) -> ChannelAffine:
+        """The maps of consecutive runs of channels as one; the inverse of `split`."""
+        return cls(np.concatenate([p.scale for p in parts]), np.concatenate([p.shift for p in parts]))
 
     @property
     def channels(self) -> int:
@@ -112,13 +123,28 @@ class WeightLayout:
         rows = np.repeat(values.reshape(self.groups, -1), shape[0] // self.groups, axis=0)
         return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
 
+    def window(self, weight: Array, channel: int) -> tuple[Array, slice]:
+        """What output channel `channel` is made of: its weights [Cin/groups, *kernel], and the inputs they meet."""
+        outputs, inputs = self.outputs(weight.shape) // self.groups, self.inputs(weight.shape) // self.groups
+        group, index = divmod(channel, outputs)
+        block = slice(group * inputs, (group + 1) * inputs)
+        return (weight[block, index] if self.transposed else weight[channel]), block
+
+
+class Constants(NamedTuple):
+    """What a linear operator multiplies by and adds: alpha * weight, and a bias of [Cout] or [M, Cout]."""
+
+    weight: Array
+    bias: Array
+    alpha: float = 1.0
+
 
 def scaled(weight: Array, factor: Array, dtype: np.dtype[Any]) -> Array:
     """weight * factor, computed in float64 and rounded once to `dtype`; `factor` broadcasts against the weight."""
     out = np.empty(weight.shape, dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        for rows in _chunks(weight):
-            out[rows] = (_float64(weight[rows]) * _rows(factor, rows)).astype(dtype)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        # numpy widens a few thousand elements at a time, so a weight is never held in float64.
+        np.multiply(weight, factor, out=out, dtype=np.float64, casting="unsafe")
     return out
 
 
@@ -129,12 +155,49 @@ def carried(weight: Array, shift: Array, layout: WeightLayout) -> Array:
     """
     factor = layout.along_inputs(shift, weight.shape)
     sums = np.empty(weight.shape[:2])
-    for rows in _chunks(weight):
+    for rows in chunks(weight):
         product = _float64(weight[rows]) * _rows(factor, rows)
         sums[rows] = product.reshape(*product.shape[:2], -1).sum(axis=2)
-    if not layout.transposed:
-        return sums.sum(axis=1)
-    return sums.reshape(layout.groups, -1, weight.shape[1]).sum(axis=1).reshape(-1)
+    total: Array = sums.sum(axis=1)
+    if layout.transposed:
+        total = sums.reshape(layout.groups, -1, weight.shape[1]).sum(axis=1).reshape(-1)
+    return total
+
+
+def agree(
+    old: Constants,
+    new: Constants,
+    layout: WeightLayout,
+    *,
+    before: ChannelAffine | None = None,
+    after: ChannelAffine | None = None,
+) -> bool:
+    """Whether the new constants do what the old ones did with a map `before` the operator, or `after` it.
+
+    Both are evaluated in float64 on one window of inputs, for a few output channels, and may differ by what
+    rounding the new constants explains.  It shares no indexing with what computed them.
+    """
+    outputs = layout.outputs(new.weight.shape)
+    for channel in {0, outputs // 2, outputs - 1}:
+        weight, block = layout.window(old.weight, channel)
+        new_weight, _ = layout.window(new.weight, channel)
+        x = np.cos(np.arange(1.0, weight.size + 1)).reshape(weight.shape)
+        product = _float64(weight) * (x if before is None else before.take(np.arange(before.channels)[block])(x, 0))
+        terms = np.append(old.alpha * product, _last(old.bias, channel))
+        if after is not None:
+            terms = np.append(terms * after.scale[channel], after.shift[channel])
+        new_terms = np.append(_float64(new_weight) * x, _last(new.bias, channel))
+        size = float(np.abs(terms).sum() + np.abs(new_terms).sum())
+        bound = rounding(new.weight.dtype, float(np.abs(new_terms).sum()), x.size) + 1e-12 * size
+        if not abs(float(terms.sum() - new_terms.sum())) <= bound:
+            return False
+    return True
+
+
+def rounding(dtype: np.dtype[Any], magnitude: float, count: int) -> float:
+    """A bound on what rounding `count` constants to `dtype` changes in a sum of products of this magnitude."""
+    precision = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return float(precision.eps) * magnitude + float(precision.smallest_subnormal) * (count + 1)
 
 
 def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
@@ -146,8 +209,20 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
 def is_finite(array: Array) -> bool:
     """Whether every element is a finite number; without a copy as large as the array."""
     return (
-        all(bool(np.isfinite(array[rows]).all()) for rows in _chunks(array)) if array.ndim else bool(np.isfinite(array))
+        all(bool(np.isfinite(array[rows]).all()) for rows in chunks(array)) if array.ndim else bool(np.isfinite(array))
     )
+
+
+def chunks(array: Array) -> Iterator[slice]:
+    """Slices of the first axis, of about CHUNK elements each."""
+    row = max(1, array.size // max(1, array.shape[0]))
+    step = max(1, CHUNK // row)
+    return (slice(start, start + step) for start in range(0, array.shape[0], step))
+
+
+def _last(bias: Array, channel: int) -> float:
+    """The bias of one channel, in the first row where rows differ."""
+    return float(bias.reshape(-1, bias.shape[-1])[0, channel])
 
 
 def _float64(array: Array) -> Array:
@@ -156,10 +231,3 @@ def _float64(array: Array) -> Array:
 
 def _rows(factor: Array, rows: slice) -> Array:
     return factor[rows] if factor.ndim and factor.shape[0] != 1 else factor
-
-
-def _chunks(array: Array) -> Iterator[slice]:
-    """Slices of the first axis, of about CHUNK elements each."""
-    row = max(1, array.size // max(1, array.shape[0]))
-    step = max(1, CHUNK // row)
-    return (slice(start, start + step) for start in range(0, array.shape[0], step))

@@ -23,6 +23,7 @@ from fuser.rewrite import Contract
 from fuser.sources import open_source
 
 if TYPE_CHECKING:
+    from fuser.files.save import Layout
     from fuser.proof import Verification
 
 
@@ -52,7 +53,7 @@ def optimize(
     on_failure: str = "rollback",
     inputs: Any = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
-    layout: str = "auto",
+    layout: Layout = "auto",
     progress: Progress | None = None,
 ) -> Result:
     """Optimize `model`; the same kind comes out as went in, and what went in is not changed.

@@ -40,6 +40,14 @@ Shared = Annotated[
     str, typer.Option("--shared-weights", metavar="copy|refuse", help="What to do with a shared weight.")
 ]
 
+InputShape = Annotated[
+    list[str] | None, typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="For the check; repeatable.")
+]
+Inputs = Annotated[
+    Path | None, typer.Option("--inputs", metavar="FILE", help="Data for the check: .npz, .npy, test_data_set_0/.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="The whole story as JSON.")]
+
 
 @app.command()
 def optimize(
@@ -54,12 +62,8 @@ def optimize(
     on_failure: Annotated[
         str, typer.Option("--on-failure", metavar="rollback|abort", help="When the result is not equivalent.")
     ] = "rollback",
-    input_shape: Annotated[
-        list[str] | None, typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="For the check; repeatable.")
-    ] = None,
-    inputs: Annotated[
-        Path | None, typer.Option("--inputs", metavar="FILE", help="Data for the check: .npz, .npy, test_data_set_0/.")
-    ] = None,
+    input_shape: InputShape = None,
+    inputs: Inputs = None,
     layout: Annotated[
         str, typer.Option("--layout", metavar="auto|single|external", help="Weights inside the file or beside it.")
     ] = "auto",
@@ -107,7 +111,7 @@ def explain(
     skip: Skip = None,
     freeze_inputs: Freeze = False,
     shared_weights: Shared = "copy",
-    json: Annotated[bool, typer.Option("--json", help="The whole story as JSON.")] = False,
+    json: AsJson = False,
 ) -> None:
     """One line for each candidate in IN: applied, or missed with the code, the reason and the remedy."""
     from fuser import api
@@ -127,6 +131,37 @@ def explain(
     for remark in (*story.applied, *story.missed):
         print(remark)
     print(f"{len(story.applied)} would be applied, {len(story.missed)} missed; nothing was written")
+
+
+@app.command()
+def verify(
+    before: Annotated[Path, typer.Argument(metavar="A", help="The model that is taken as right.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="The model that is judged.")],
+    input_shape: InputShape = None,
+    inputs: Inputs = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Ask for bit-identical outputs.")] = False,
+    seed: Annotated[int, typer.Option("--seed", help="Of the generated inputs.")] = 0,
+    json: AsJson = False,
+) -> None:
+    """Say whether two ONNX models are the same function: equivalent, different, incompatible or unverifiable."""
+    import json as encoder
+
+    from fuser import proof
+
+    with _progress(quiet=json):
+        found = proof.verify(
+            before,
+            after,
+            inputs=inputs,
+            input_shapes=_shapes(input_shape),
+            contract="exact" if exact else "rounding",
+            seed=seed,
+        )
+    if json:
+        print(encoder.dumps(found.to_dict(), indent=2, default=str))
+    else:
+        out.print(found.render())
+    raise typer.Exit({"equivalent": 0, "unverifiable": 2}.get(found.verdict, 1))
 
 
 @app.command("passes")

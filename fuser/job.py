@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fuser import pipeline
-from fuser.errors import PassError, VerificationError
+from fuser.errors import InputError, PassError, VerificationError
 from fuser.pipeline import Rewrite
 from fuser.report import Report
 from fuser.rewrite import Contract, RewritePass
@@ -68,7 +69,13 @@ class Job:
             return
         contract = Contract.EXACT if applied == {Contract.EXACT.value} else Contract.ROUNDING
         with self.stage("verify"):
-            verification = check(self._model(), contract)
+            try:
+                verification = check(self._model(), contract)
+            except InputError as error:
+                if not self._source.may_lack_inputs:
+                    raise
+                self.report.unverified = str(error)
+                return
             guilty = self._guilty(self._passes, contract, check, verification, abort=abort)
             if len(applied) > 1:
                 guilty |= self._guilty_of_exact(check, abort=abort)
@@ -99,12 +106,13 @@ class Job:
 
     def _attempt(self, passes: Passes, left_out: frozenset[Rewrite]) -> tuple[Report, Candidate]:
         story = Report(self._source.name)
-        with self.stage("read"):
-            graph = self._source.graph()
-        story.host, story.before = graph.host, graph.summary()
-        with self.stage("passes"):
-            outcome = pipeline.run(graph, passes, leave_out=left_out, progress=self._progress)
-        story.after = graph.summary()
+        with _no_collector():
+            with self.stage("read"):
+                graph = self._source.graph()
+            story.host, story.before = graph.host, graph.summary()
+            with self.stage("passes"):
+                outcome = pipeline.run(graph, passes, leave_out=left_out, progress=self._progress)
+            story.after = graph.summary()
         story.take(outcome)
         return story, self._source.candidate(graph)
 
@@ -127,7 +135,7 @@ class Job:
             return NOTHING
         if abort:
             raise VerificationError(f"the result is not equivalent to the original: {verification.reason}")
-        from fuser.proof import find_guilty
+        from fuser.proof.gate import find_guilty
 
         story, _ = self._attempt(passes, NOTHING)
 
@@ -158,3 +166,15 @@ class Job:
         self.report.verification = verification
         if verification.verdict == UNVERIFIABLE:
             self.report.unverified = verification.reason
+
+
+@contextmanager
+def _no_collector() -> Iterator[None]:
+    """A graph is many linked objects, none of them garbage; the cyclic collector would visit them again and again."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

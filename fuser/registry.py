@@ -29,8 +29,10 @@ class PassInfo:
 
     @property
     def summary(self) -> str:
-        """The first line of what it says of itself."""
-        doc = inspect.getdoc(inspect.getmodule(self.cls)) or inspect.getdoc(self.cls) or ""
+        """The first line of what it says of itself: of its file, where the file is that one pass."""
+        module = inspect.getmodule(self.cls)
+        alone = module is not None and module.__name__.rpartition(".")[2].replace("_", "-") == self.name
+        doc = inspect.getdoc(module if alone else self.cls) or ""
         return doc.split("\n", 1)[0]
 
 

@@ -42,7 +42,10 @@ class Source:
     name: what a person would call it.
     original: what equivalence is judged against.
     removable_inputs: inputs that the user asked to drop, or that are formalities.
+    may_lack_inputs: whether it is no error that there is nothing to run the model on.
     """
+
+    may_lack_inputs = False
 
     def __init__(self, name: str, original: Any) -> None:
         self.name, self.original = name, original
@@ -139,10 +142,17 @@ class TorchSource(Source):
     """A module that is traced, a GraphModule, or an ExportedProgram."""
 
     def __init__(
-        self, name: str, original: Any, open_graph: Callable[[], Any], hand_back: Callable[[Any], Any] = lambda m: m
+        self,
+        name: str,
+        original: Any,
+        open_graph: Callable[[], Any],
+        hand_back: Callable[[Any], Any] = lambda done: done,
+        *,
+        may_lack_inputs: bool,
     ) -> None:
         super().__init__(name, original)
         self._open, self._hand_back = open_graph, hand_back
+        self.may_lack_inputs = may_lack_inputs
 
     def graph(self) -> Graph:
         graph: Graph = self._open()
@@ -234,13 +244,19 @@ def _torch(
         raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(example_inputs).__name__}")
     name = type(model).__name__
     if isinstance(model, torch.export.ExportedProgram):
-        return TorchSource(name, model, lambda: TorchGraph.from_exported_program(model))
-    if isinstance(model, torch.fx.GraphModule):
-        return TorchSource(name, model, lambda: TorchGraph.from_graph_module(model))
-    if example_inputs is None:
-        return TorchSource(name, model, lambda: TorchGraph.from_module(model))
+        return TorchSource(name, model, lambda: TorchGraph.from_exported_program(model), may_lack_inputs=False)
+    if example_inputs is None or isinstance(model, torch.fx.GraphModule):
+        is_graph = isinstance(model, torch.fx.GraphModule)
+        open_graph: Callable[[Any], Any] = TorchGraph.from_graph_module if is_graph else TorchGraph.from_module
+        return TorchSource(name, model, lambda: open_graph(model), may_lack_inputs=example_inputs is None)
     program = _export(model, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)
-    return TorchSource(name, model, lambda: TorchGraph.from_exported_program(program), lambda done: done.module())
+    return TorchSource(
+        name,
+        model,
+        lambda: TorchGraph.from_exported_program(program),
+        lambda done: done.module(),
+        may_lack_inputs=False,
+    )
 
 
 def _export(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:

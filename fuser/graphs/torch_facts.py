@@ -1,14 +1,15 @@
 """Ranks and dtypes in a graph that was traced without shapes: only what the operators themselves prove.
 
 A `BatchNorm2d` checks that its input has four axes, and an activation keeps their number; so everything between
-two of them is four-dimensional in every run that does not raise.  A `Conv2d` alone proves nothing: it takes
-unbatched input too.
+two of them is four-dimensional in every run that does not raise.  A `Conv2d` alone proves less: it takes
+unbatched input too.  What is known is kept as bounds: a `BatchNorm1d` takes two or three axes, and
+`transpose(1, 2)` needs three.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -17,7 +18,6 @@ from fuser.graphs.torch_calls import bind, signature
 from fuser.graphs.torch_purity import is_known_function
 from fuser.graphs.torch_readers import CONVS, DROPOUTS, NORMS, POOLS
 
-_RANK_OF_NORM: dict[type, int] = {nn.BatchNorm2d: 4, nn.BatchNorm3d: 5}
 _KEEPING_MODULES = frozenset(
     {*CONVS, *NORMS, *POOLS, *DROPOUTS, nn.Linear, nn.Identity, nn.GroupNorm, nn.LayerNorm, nn.Upsample}
     | {
@@ -39,6 +39,34 @@ _KEEPING_FUNCTIONS = frozenset(
 """Modules and functions whose output has the rank and the dtype of their first operand."""
 
 
+_TYPED_BY_WEIGHT = frozenset({*CONVS, nn.Linear})
+"""Modules that take input of the dtype of their weight, and nothing else."""
+
+
+class Bounds(NamedTuple):
+    """How many axes a value can have."""
+
+    low: int = 0
+    high: int = 64
+
+    def meet(self, other: Bounds) -> Bounds:
+        return Bounds(max(self.low, other.low), min(self.high, other.high))
+
+    def plus(self, axes: int) -> Bounds:
+        return Bounds(max(self.low + axes, 0), self.high + axes)
+
+
+TAKES: dict[type[nn.Module], Bounds] = {
+    **{conv: Bounds(axes + 1, axes + 2) for conv, axes in CONVS.items()},
+    **{pool: Bounds(axes + 1, axes + 2) for pool, axes in POOLS.items()},
+    nn.BatchNorm1d: Bounds(2, 3),
+    nn.BatchNorm2d: Bounds(4, 4),
+    nn.BatchNorm3d: Bounds(5, 5),
+    nn.Linear: Bounds(low=1),
+}
+"""Module -> how many axes its input must have; it raises for others."""
+
+
 class Facts:
     """What is proven about every node; values do not change their rank or dtype, so it holds through edits.
 
@@ -52,117 +80,112 @@ class Facts:
         module: Callable[[fx.Node], nn.Module | None],
         leaf: Callable[[fx.Node], torch.Tensor | None],
     ) -> None:
-        self.rank: dict[fx.Node, int] = {}
         self.dtype: dict[fx.Node, torch.dtype] = {}
+        self._bounds: dict[fx.Node, Bounds] = {}
         self._module, self._leaf = module, leaf
         nodes = list(nodes)
         for node in nodes:
-            self._forward(node)
+            self._visit(node)
         for node in reversed(nodes):
-            self._backward(node)
+            self._visit(node)
         for node in nodes:
-            self._forward(node)
+            self._visit(node)
 
-    def _forward(self, node: fx.Node) -> None:
+    def rank(self, node: fx.Node) -> int | None:
+        low, high = self._bounds.get(node, Bounds())
+        return low if low == high else None
+
+    def _visit(self, node: fx.Node) -> None:
+        """What a node proves of its operands and of its output."""
         leaf = self._leaf(node)
         if leaf is not None:
-            self._learn(node, leaf.dim(), leaf.dtype)
+            self._learn(node, Bounds(leaf.dim(), leaf.dim()), leaf.dtype)
         elif node.op == "call_module":
-            self._module_forward(node)
+            self._visit_module(node, self._module(node))
         elif node.op in ("call_function", "call_method"):
-            self._function_forward(node)
+            self._visit_function(node)
 
-    def _module_forward(self, node: fx.Node) -> None:
-        module, data = self._module(node), _first(node)
+    def _visit_module(self, node: fx.Node, module: Any) -> None:
+        data = _first(node)
         if data is None:
             return
         if type(module) in _KEEPING_MODULES:
-            weight = getattr(module, "weight", None) if type(module) in {*CONVS, nn.Linear} else None
-            rank = _RANK_OF_NORM.get(type(module), self.rank.get(data))
-            self._learn(node, rank, weight.dtype if weight is not None else self.dtype.get(data))
-        elif isinstance(module, nn.Flatten):
-            self._learn(node, self._flattened(data, module.start_dim, module.end_dim), self.dtype.get(data))
+            if type(module) in TAKES:
+                self._learn(data, TAKES[type(module)])
+            weight = module.weight if type(module) in _TYPED_BY_WEIGHT else None
+            self._relate(node, data, 0, self.dtype.get(data) if weight is None else weight.dtype)
+        elif type(module) is nn.Flatten:
+            self._flatten(node, data, module.start_dim, module.end_dim)
 
-    def _function_forward(self, node: fx.Node) -> None:
-        data, found = _first(node), signature(node)
-        name = _operator_name(node)
-        arguments = (bind(node, found) if found else None) or {}
+    def _visit_function(self, node: fx.Node) -> None:
+        name, data, found = _operator_name(node), _first(node), signature(node)
+        given = (bind(node, found) if found else None) or {}
         if name in ("mm", "addmm"):
-            self._learn(node, 2, self._dtype_of(arguments.get("mat2")))
-        elif name == "matmul" and self.rank.get(arguments["other"]) == 2:
-            self._learn(node, self.rank.get(arguments["self"]), self._dtype_of(arguments["other"]))
+            for matrix in (node, *node.all_input_nodes[-2:]):
+                self._learn(matrix, Bounds(2, 2))
+            self._learn(node, Bounds(), self._dtype_of(given.get("mat2")))
         elif name.rstrip("_") in ("add", "sub", "mul", "div", "rsub"):
-            self._binary_forward(node, arguments.get("self"), arguments.get("other"))
-        elif name == "cat" and isinstance(arguments["tensors"], (list, tuple)):
-            tensors = arguments["tensors"]
-            dtypes = {self._dtype_of(tensor) for tensor in tensors}
-            ranks = [self.rank[tensor] for tensor in tensors if self.rank.get(tensor)]
-            self._learn(node, ranks[0] if ranks else None, dtypes.pop() if len(dtypes) == 1 else None)
+            self._broadcast(node, given.get("self"), given.get("other"))
+        elif name == "cat" and isinstance(given.get("tensors"), (list, tuple)):
+            dtypes = {self._dtype_of(tensor) for tensor in given["tensors"]}
+            dtype = dtypes.pop() if len(dtypes) == 1 else None
+            for tensor in node.all_input_nodes:
+                self._relate(node, tensor, 0, dtype)
         elif data is None:
             return
+        elif name == "matmul":
+            if self.rank(given["other"]) == 2:
+                self._relate(node, data, 0, self._dtype_of(given["other"]))
         elif name in _KEEPING_FUNCTIONS:
-            self._learn(node, self.rank.get(data), self._dtype_of(arguments.get("weight")) or self.dtype.get(data))
-        else:
-            self._learn(node, self._reshaped(name, arguments, data), self.dtype.get(data) if found else None)
+            self._relate(node, data, 0, self._dtype_of(given.get("weight")) or self.dtype.get(data))
+        elif found is not None:
+            self._reshape(node, data, name, given)
 
-    def _binary_forward(self, node: fx.Node, left: Any, right: Any) -> None:
-        ranks = [0 if isinstance(value, (int, float)) else self.rank.get(value) for value in (left, right)]
-        known = [rank for rank in ranks if rank is not None]
-        self._learn(node, max(known) if len(known) == 2 and max(known) else None, self.common_dtype(left, right))
+    def _reshape(self, node: fx.Node, data: fx.Node, name: str, given: dict[str, Any]) -> None:
+        dtype = self.dtype.get(data)
+        if name == "flatten":
+            self._flatten(node, data, given["start_dim"], given["end_dim"])
+        elif name in ("view", "reshape"):
+            sizes = given.get("size", given.get("shape"))
+            self._learn(node, Bounds(len(sizes), len(sizes)) if isinstance(sizes, (list, tuple)) else Bounds(), dtype)
+        elif name == "permute":
+            self._learn(data, Bounds(len(given["dims"]), len(given["dims"])))
+            self._relate(node, data, 0, dtype)
+        elif name == "transpose":
+            axes = [axis for axis in (given["dim0"], given["dim1"]) if isinstance(axis, int)]
+            self._learn(data, Bounds(low=max((axis + 1 if axis >= 0 else -axis for axis in axes), default=0)))
+            self._relate(node, data, 0, dtype)
+        elif name == "unsqueeze":
+            self._relate(node, data, 1, dtype)
+        elif name == "mean" and isinstance(given["dim"], (int, list, tuple)):
+            axes_gone = 0 if given["keepdim"] else 1 if isinstance(given["dim"], int) else len(given["dim"])
+            self._relate(node, data, -axes_gone, dtype)
 
-    def common_dtype(self, left: Any, right: Any) -> torch.dtype | None:
-        """The floating type of `left` and `right`, where arithmetic on them is proven not to promote."""
-        return common_dtype(left, right, self._dtype_of, self.rank.get)
+    def _flatten(self, node: fx.Node, data: fx.Node, start: Any, end: Any) -> None:
+        if isinstance(start, int) and start >= 0 and end == -1:
+            self._learn(data, Bounds(low=start + 1))
+            self._learn(node, Bounds(start + 1, start + 1), self.dtype.get(data))
+        elif isinstance(start, int) and isinstance(end, int) and 0 <= start <= end:
+            self._learn(data, Bounds(low=end + 1))
+            self._relate(node, data, start - end, self.dtype.get(data))
+
+    def _broadcast(self, node: fx.Node, left: Any, right: Any) -> None:
+        tensors = [value for value in (left, right) if isinstance(value, fx.Node)]
+        if tensors and all(isinstance(value, (fx.Node, int, float)) for value in (left, right)):
+            bounds = [self._bounds.get(tensor, Bounds()) for tensor in tensors]
+            self._learn(node, Bounds(max(b.low for b in bounds), max(b.high for b in bounds)))
+        self._learn(node, Bounds(), common_dtype(left, right, self._dtype_of, self.rank))
 
     def _dtype_of(self, value: Any) -> torch.dtype | None:
         return self.dtype.get(value) if isinstance(value, fx.Node) else None
 
-    def _reshaped(self, name: str, arguments: dict[str, Any], data: fx.Node) -> int | None:
-        rank = self.rank.get(data)
-        if name == "flatten":
-            return self._flattened(data, arguments["start_dim"], arguments["end_dim"])
-        if name in ("view", "reshape"):
-            sizes = arguments.get("size", arguments.get("shape"))
-            return len(sizes) if isinstance(sizes, (list, tuple)) else None
-        if name == "permute":
-            return len(arguments["dims"])
-        if rank is None:
-            return None
-        if name == "transpose":
-            return rank
-        if name == "unsqueeze":
-            return rank + 1
-        if name == "mean" and isinstance(arguments["dim"], (int, list, tuple)):
-            axes = 1 if isinstance(arguments["dim"], int) else len(arguments["dim"])
-            return rank if arguments["keepdim"] else rank - axes
-        return None
+    def _relate(self, node: fx.Node, operand: fx.Node, axes: int, dtype: torch.dtype | None) -> None:
+        """The output has `axes` more axes than the operand."""
+        self._learn(node, self._bounds.get(operand, Bounds()).plus(axes), dtype)
+        self._learn(operand, self._bounds[node].plus(-axes))
 
-    def _flattened(self, data: fx.Node, start: Any, end: Any) -> int | None:
-        if start == 1 and end == -1:
-            return 2  # of one axis it would raise
-        rank = self.rank.get(data)
-        if rank is None or not isinstance(start, int) or not isinstance(end, int):
-            return None
-        return rank - (end % rank - start % rank)
-
-    def _backward(self, node: fx.Node) -> None:
-        """What a node proves about its operand."""
-        data = _first(node)
-        if data is None or data in self.rank:
-            return
-        if node.op == "call_module":
-            module = self._module(node)
-            if type(module) in _KEEPING_MODULES:
-                self._learn(data, _RANK_OF_NORM.get(type(module), self.rank.get(node)), None)
-        elif node.op in ("call_function", "call_method"):
-            found = signature(node)
-            name = found.name if found else getattr(node.target, "__name__", node.target)
-            if name in _KEEPING_FUNCTIONS or name in ("mm", "permute"):
-                self._learn(data, self.rank.get(node), None)
-
-    def _learn(self, node: fx.Node, rank: int | None, dtype: torch.dtype | None) -> None:
-        if rank is not None:
-            self.rank.setdefault(node, rank)
+    def _learn(self, node: fx.Node, bounds: Bounds, dtype: torch.dtype | None = None) -> None:
+        self._bounds[node] = self._bounds.get(node, Bounds()).meet(bounds)
         if dtype is not None:
             self.dtype.setdefault(node, dtype)
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from itertools import chain, count
+from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fuser.graphs.torch_carriers import Carrier, attribute
-from fuser.graphs.torch_meta import MetaWriter
+from fuser.graphs.torch_meta import Meta
 from fuser.graphs.torch_scopes import Scope, leave_out, pass_in, scopes
 
 
@@ -26,7 +27,7 @@ class Wiring:
         self._erased: set[fx.Node] = set()
         self._loose: list[fx.Node] = []  # nodes that have lost a reader
         self._left: set[str] = set()  # targets of modules that have lost a call
-        self._meta = MetaWriter(self.order)
+        self.meta = Meta(self.order)
         self._taken: set[str] | None = None
         self._sharers: dict[int, list[fx.Node]] | None = None
 
@@ -111,7 +112,7 @@ class Wiring:
             made = {**outside, **pass_in(self.scope(call), call, outside[call.graph])}
         else:
             made = {user.graph: self.carrier.add(self.fresh(base), tensor, before=user)}
-            self._meta.describe(made[user.graph], tensor)
+            self.meta.describe(made[user.graph], tensor)
         for node in made.values():
             self._note_sharer(node)
         return made
@@ -137,12 +138,12 @@ class Wiring:
         node.graph.erase_node(node)
         self._erased.add(node)
 
-    def become(self, node: fx.Node, target: Callable[..., object], args: tuple[fx.Node, ...]) -> None:
+    def become(self, node: fx.Node, target: Callable[..., object], *args: fx.Node, **kwargs: Any) -> None:
         """Let the node call another function; its readers stay."""
         self._loose += node.all_input_nodes
         if node.op == "call_module":
             self._left.add(str(node.target))
-        node.op, node.target, node.args, node.kwargs = "call_function", target, args, {}
+        node.op, node.target, node.args, node.kwargs = "call_function", target, args, kwargs
         for key in ("original_aten", "torch_fn", "source_fn_stack"):
             node.meta.pop(key, None)
 

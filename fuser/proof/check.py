@@ -17,6 +17,7 @@ from fuser.isolate import Worker
 from fuser.proof.compare import Figures
 from fuser.proof.inputs import InputSet
 from fuser.proof.outcome import Failure, Outcome
+from fuser.proof.runners import Float64Runner
 from fuser.proof.sides import Side, open_sides
 from fuser.proof.trial import Trial
 from fuser.proof.verification import Truth, Verification
@@ -39,6 +40,7 @@ def verify(
     contract: str = "rounding",
     timeout: float = 300.0,
     removed_inputs: Collection[str] = (),
+    worker: Worker | None = None,
 ) -> Verification:
     """Compare `after` with `before`; neither is changed.
 
@@ -53,6 +55,7 @@ def verify(
         contract: "rounding", or "exact" for bit-identical outputs.
         timeout: seconds for each call of a runtime.
         removed_inputs: inputs that `after` is allowed to lack.
+        worker: the process in which runtimes run, for many comparisons in a row; else one is started and ended.
 
     Raises:
         InputError: a model or an option is not usable, or inputs can be neither generated nor found.
@@ -61,7 +64,7 @@ def verify(
         raise InputError(f"contract is 'exact' or 'rounding', not {contract!r}")
     started = time.perf_counter()
     with ExitStack() as stack:
-        worker = stack.enter_context(Worker())
+        worker = worker or stack.enter_context(Worker())
         first, second = open_sides(
             stack,
             worker,
@@ -101,6 +104,9 @@ class _Comparison:
             return self._conclude("unverifiable", f"the original cannot be run: {originals}")
         if self._before.is_random and not self._repeats(sets[0], originals[0]):
             return self._conclude("unverifiable", "the model draws random numbers, so no two runs are alike")
+        if isinstance(self._before.runner, Float64Runner):
+            result.truth_note = self._before.runner.why
+            self._after.runner = Float64Runner(self._after.runner, "")
         candidates = self._after.runner.run([one.values for one in sets])
         for one, candidate in zip(sets, candidates, strict=True):
             if isinstance(candidate, Failure):
@@ -151,7 +157,9 @@ class _Comparison:
         exact = self._contract == "exact"
         truths: list[Outcome] = [Failure("refused", "not needed")] * len(sets)
         wide: list[Outcome] = list(truths)
-        if not exact:
+        if isinstance(self._before.runner, Float64Runner):
+            truths, wide = list(originals), candidates  # there is nothing else
+        elif not exact:
             values = [one.values for one in sets]
             truths = self._before.runner.truth(values)[0]
             # The second evaluation is for light models: it only sharpens what the first set has shown.
@@ -159,7 +167,8 @@ class _Comparison:
             wide[:light] = self._after.runner.truth(values[:light])[0]
         problem, used = "", set()
         for index, one in enumerate(sets):
-            trial = Trial(self._before, self._after, one, originals[index], candidates[index], truths[index], wide[index])
+            outcomes = originals[index], candidates[index], truths[index], wide[index]
+            trial = Trial(self._before, self._after, one, *outcomes)
             found = trial.bits() if exact else trial.rounding()
             used.add(trial.truth)
             result.truth_note = result.truth_note or trial.note
@@ -187,6 +196,5 @@ def _worst(so_far: list[Figures], new: list[Figures]) -> list[Figures]:
 
 
 def _flat(outputs: list[Any]) -> list[Any]:
-    return [array for value in outputs for array in (value if isinstance(value, list) else [value]) if array is not None]
-
-
+    flat = (array for value in outputs for array in (value if isinstance(value, list) else [value]))
+    return [array for array in flat if array is not None]

@@ -104,14 +104,13 @@ def _fit(value: Any, spec: Spec) -> Any:
     array = np.asarray(value)
     if array.dtype.kind in "SU":
         array = array.astype(object)
-    if array.dtype == spec.dtype:
-        pass
-    elif is_float(array.dtype) and is_float(spec.dtype):
-        array = array.astype(spec.dtype)
-    elif array.dtype.kind in "iu" and spec.dtype.kind in "iu" and np.array_equal(array.astype(spec.dtype), array):
-        array = array.astype(spec.dtype)
-    else:
-        raise InputError(f"input {spec.name!r} takes {spec.dtype}, not {array.dtype}")
+    if array.dtype != spec.dtype:
+        floats = is_float(array.dtype) and is_float(spec.dtype)
+        integers = array.dtype.kind in "iu" and spec.dtype.kind in "iu"
+        converted = array.astype(spec.dtype) if floats or integers else None
+        if converted is None or (integers and not np.array_equal(converted, array)):
+            raise InputError(f"input {spec.name!r} takes {spec.dtype}, not {array.dtype}")
+        array = converted
     if spec.dims is not None and len(spec.dims) != array.ndim:
         raise InputError(f"input {spec.name!r} has {len(spec.dims)} dimensions, not {array.ndim} ({list(array.shape)})")
     for axis, (dim, size) in enumerate(zip(spec.dims or array.shape, array.shape, strict=True)):

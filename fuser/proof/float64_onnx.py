@@ -9,6 +9,8 @@ This module is imported in a worker process: see `runners.py`.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,9 +19,12 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from fuser.proof.float64_ops import OPS, Cast, is_float, is_low
+from fuser.proof.float64_ops import OPS, ROUNDING_CASTS, Cast, is_float, is_low
 from fuser.proof.outcome import Failure, Outcome, first_line
 from fuser.proof.rounding import Nudge
+
+_SHARE = 0.4
+"""Of the memory that is free, how much constants may take: results and temporaries need room as well."""
 
 
 def evaluate(
@@ -30,6 +35,9 @@ def evaluate(
     nudges: seeds; `scale` is the size of a nudge in roundings of the stored type.
     """
     proto = onnx.load(path)  # with its external data
+    if (needed := 8 * _parameters(proto)) > _SHARE * available_memory():
+        failure = Failure("too-large", f"the constants alone need {needed / 1e9:.1f} GB in float64")
+        return [[failure] * len(sets) for _ in nudges]
     return [_evaluate(proto, sets, None if seed is None else Nudge(seed, scale)) for seed in nudges]
 
 
@@ -59,16 +67,31 @@ def _evaluate(proto: onnx.ModelProto, sets: Sequence[Mapping[str, Any]], nudge: 
 def _evaluator(proto: onnx.ModelProto, nudge: Nudge | None) -> Float64Evaluator:
     # Subgraphs and functions are run by instances of the same class, so that is where the nudge must be.
     kind = type("Nudged", (Float64Evaluator,), {"nudge": nudge})
-    return kind(proto)  # type: ignore[no-any-return]
+    evaluator: Float64Evaluator = kind(proto)
+    return evaluator
 
 
-class Float64Evaluator(ReferenceEvaluator):  # type: ignore[misc]
+def available_memory() -> int:
+    """Bytes that can be had without swapping; a large number where the system does not say."""
+    try:
+        with open("/proc/meminfo") as lines:
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return sys.maxsize
+
+
+def _parameters(proto: onnx.ModelProto) -> int:
+    return sum(math.prod(tensor.dims) for tensor in proto.graph.initializer)
+
+
+class Float64Evaluator(ReferenceEvaluator):
     """The reference evaluator with wide constants and results, better operators, and values freed after use."""
 
     nudge: Nudge | None = None
 
-    def __init__(self, proto: Any, *args: Any, new_ops: list[type[OpRun]] | None = None, **kwargs: Any) -> None:
-        super().__init__(proto, *args, new_ops=new_ops or list(OPS), **kwargs)
+    def __init__(self, proto: Any, **options: Any) -> None:
+        # The bodies of functions are made without the operators that their callers were given.
+        super().__init__(proto, **{**options, "new_ops": options.get("new_ops") or list(OPS)})
         fixed = _shape_constants(self.nodes_)
         for name, value in self.rt_inits_.items():
             self.rt_inits_[name] = self._wide(value, nudge=name not in fixed)
@@ -79,7 +102,7 @@ class Float64Evaluator(ReferenceEvaluator):  # type: ignore[misc]
         # What a subgraph captures may be read by any node with one; such models are small enough to keep all.
         self._keeps = any(node.need_context() for node in self.rt_nodes_)
 
-    def run(
+    def run(  # type: ignore[override]
         self,
         output_names: Sequence[str] | None,
         feed_inputs: Mapping[str, Any],
@@ -116,8 +139,10 @@ class Float64Evaluator(ReferenceEvaluator):  # type: ignore[misc]
     def _result(self, node: OpRun, value: Any) -> Any:
         if node.op_type == "Constant":
             return self._wide(value, nudge=True)
-        if isinstance(node, Cast) and self.nudge and isinstance(value, np.ndarray):
-            return self.nudge.cast(value, node.to)
+        if isinstance(node, Cast) and self.nudge:
+            to = next(attribute.i for attribute in node.onnx_node.attribute if attribute.name == "to")
+            if to in ROUNDING_CASTS:  # 0 where a function's caller decides
+                return self.nudge.cast(value, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(to)))
         return self._wide(value, nudge=False)
 
     def _wide(self, value: Any, *, nudge: bool) -> Any:

@@ -18,8 +18,11 @@ from onnx.reference.op_run import OpRun
 Array = np.ndarray[Any, Any]
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-_COLUMNS = 64
-"""Convolutions with fewer input channels gather their window first: one product instead of many thin ones."""
+_COLUMNS = 256
+"""Convolutions with fewer terms to a channel gather their windows first: one product instead of many thin ones."""
+ROUNDING_CASTS = _FLOATS - {onnx.TensorProto.DOUBLE}
+"""Types to which a Cast would round, and does not in float64."""
+_EVERY = (slice(None), slice(None))
 
 
 def is_low(array: Any) -> bool:
@@ -32,7 +35,7 @@ def is_float(dtype: Any) -> bool:
     return bool(dtype.kind == "f" or (dtype.kind == "V" and "float" in dtype.name))
 
 
-class Cast(OpRun):  # type: ignore[misc]
+class Cast(OpRun):
     """To a floating point type: float64 stays; to anything else: as the operator says."""
 
     def _run(self, x: Array, to: int, **attributes: Any) -> tuple[Array]:
@@ -47,7 +50,7 @@ class Cast(OpRun):  # type: ignore[misc]
             return (x.astype(dtype),)
 
 
-class CastLike(OpRun):  # type: ignore[misc]
+class CastLike(OpRun):
     """Cast to the type of another value; every float counts as float64."""
 
     def _run(self, x: Array, like: Array, **_: Any) -> tuple[Array]:
@@ -56,7 +59,7 @@ class CastLike(OpRun):  # type: ignore[misc]
         return (x.astype(like.dtype),)
 
 
-class BatchNormalization(OpRun):  # type: ignore[misc]
+class BatchNormalization(OpRun):
     """Every opset: before 14 further outputs mean training, in opset 7 `spatial=0` means one statistic per element."""
 
     def _run(
@@ -82,7 +85,7 @@ class BatchNormalization(OpRun):  # type: ignore[misc]
         return (y, *running)
 
 
-class Conv(OpRun):  # type: ignore[misc]
+class Conv(OpRun):
     """y = x * w + b, as one matrix product for each position of the kernel."""
 
     def _run(self, x: Array, w: Array, b: Array | None = None, *, group: int = 1, **attributes: Any) -> tuple[Array]:
@@ -94,7 +97,7 @@ class Conv(OpRun):  # type: ignore[misc]
         return (y,)
 
 
-class ConvTranspose(OpRun):  # type: ignore[misc]
+class ConvTranspose(OpRun):
     """The transpose of a convolution: every input element spreads its kernel over the output."""
 
     def _run(
@@ -129,13 +132,13 @@ class ConvTranspose(OpRun):  # type: ignore[misc]
                 slice(o * d, o * d + (n - 1) * s + 1, s)
                 for o, d, n, s in zip(offset, dilations, x.shape[2:], strides, strict=True)
             )
-            y[(slice(None), slice(None), *place)] += spread.reshape(*y.shape[:2], *x.shape[2:])
+            y[_EVERY + place] += spread.reshape(*y.shape[:2], *x.shape[2:])
         crop = tuple(slice(h, h + n) for h, n in zip(heads, sizes, strict=True))
-        y = y[(slice(None), slice(None), *crop)]
+        y = y[_EVERY + crop]
         return (y if b is None else y + _per_channel(b, y),)
 
 
-class MaxPool(OpRun):  # type: ignore[misc]
+class MaxPool(OpRun):
     """The largest element of each window, and its index in the input where that is asked for."""
 
     def _run(self, x: Array, *, storage_order: int = 0, **attributes: Any) -> tuple[Array, ...]:
@@ -153,24 +156,24 @@ class MaxPool(OpRun):  # type: ignore[misc]
         return np.take_along_axis(views, best, 0)[0], np.take_along_axis(places, best, 0)[0]
 
 
-class AveragePool(OpRun):  # type: ignore[misc]
+class AveragePool(OpRun):
     """The mean of each window, over the elements that `count_include_pad` counts."""
 
     def _run(self, x: Array, *, count_include_pad: int = 0, **attributes: Any) -> tuple[Array]:
         window = _Window(x.shape[2:], attributes["kernel_shape"], attributes)
-        total = sum(window.views(window.pad(x)))
+        total = _sum(window.views(window.pad(x)))
         # Elements beyond the declared padding, which ceil_mode may reach, never count.
         counted = np.ones((1, 1, *x.shape[2:]))
         if count_include_pad:
             declared = [(0, 0), (0, 0), *zip(window.heads, window.tails, strict=True)]
             counted = np.pad(counted, declared, constant_values=1.0)
-            number = sum(window.views(_extend(counted, window.padded)))
+            number = _sum(window.views(_extend(counted, window.padded)))
         else:
-            number = sum(window.views(window.pad(counted)))
+            number = _sum(window.views(window.pad(counted)))
         return (total / number,)
 
 
-class DequantizeLinear(OpRun):  # type: ignore[misc]
+class DequantizeLinear(OpRun):
     """y = (x - zero_point) * scale, per tensor, per axis or per block."""
 
     def _run(
@@ -187,7 +190,7 @@ class DequantizeLinear(OpRun):  # type: ignore[misc]
         return ((x.astype(np.float64) - offset) * _along(scale, x, axis, block_size),)
 
 
-class OneHot(OpRun):  # type: ignore[misc]
+class OneHot(OpRun):
     """One at each index, zero elsewhere; `depth` may be a scalar or have one element."""
 
     def _run(self, indices: Array, depth: Array, values: Array, *, axis: int = -1) -> tuple[Array]:
@@ -242,8 +245,8 @@ class _Window:
         ]
 
     def _steps(self, axis: int, ceil: bool) -> int:
-        room = self.size[axis] + self.heads[axis] + self.tails[axis] - self.reach[axis]
-        stride = self.strides[axis]
+        room: int = self.size[axis] + self.heads[axis] + self.tails[axis] - self.reach[axis]
+        stride: int = self.strides[axis]
         steps = (-(-room // stride) if ceil else room // stride) + 1
         # A window that would begin in the padding at the end is left out.
         if ceil and (steps - 1) * stride >= self.size[axis] + self.heads[axis]:
@@ -255,7 +258,7 @@ class _Window:
         inner = tuple(
             slice(max(-h, 0), n - max(-t, 0)) for h, t, n in zip(self.heads, self.tails, self.size, strict=True)
         )
-        x = x[(slice(None), slice(None), *inner)]
+        x = x[_EVERY + inner]
         widths = [
             (max(h, 0), max(p - n - max(h, 0), 0)) for h, p, n in zip(self.heads, self.padded, x.shape[2:], strict=True)
         ]
@@ -270,14 +273,14 @@ class _Window:
                 slice(o * d, o * d + (n - 1) * s + 1, s)
                 for o, d, n, s in zip(offset, self.dilations, self.output, self.strides, strict=True)
             )
-            yield padded[(slice(None), slice(None), *place)]
+            yield padded[_EVERY + place]
 
 
 def _convolve(x: Array, w: Array, window: _Window, groups: int) -> Array:
     batch, channels_out, inner = x.shape[0], w.shape[0], w.shape[1]
     length = math.prod(window.output)
     taps = w.reshape(groups, channels_out // groups, inner, -1)
-    if inner == 1 or inner * taps.shape[-1] <= _COLUMNS * 4:
+    if inner == 1 or inner * taps.shape[-1] <= _COLUMNS:
         # Thin products: gather the windows, then multiply once.
         views = [view.reshape(batch, groups, inner, length) for view in window.views(x)]
         columns = np.concatenate(views, axis=2)
@@ -302,7 +305,7 @@ def _crop(
     if output_shape or auto in ("SAME_UPPER", "SAME_LOWER"):
         sizes = list(output_shape)[-rank:] if output_shape else [n * s for n, s in zip(size, strides, strict=True)]
         total = [f - n for f, n in zip(full, sizes, strict=True)]
-        # The definition halves the total; an odd one goes to the end, or to the start for SAME_UPPER... reversed.
+        # The odd one of the crop goes to the end for SAME_UPPER, else to the start.
         heads = [max(t, 0) // 2 if auto == "SAME_UPPER" else max(t, 0) - max(t, 0) // 2 for t in total]
         return heads, sizes
     pads = list(attributes.get("pads") or [0] * 2 * rank)
@@ -328,11 +331,17 @@ def _along(parameter: Array, x: Array, axis: int, block_size: int) -> Array:
     return parameter.reshape(shape)
 
 
+def _sum(arrays: Iterator[Array]) -> Array:
+    total: Array = next(arrays).copy()
+    for array in arrays:
+        total += array
+    return total
+
+
 def _extend(x: Array, sizes: Sequence[int]) -> Array:
     return np.pad(x, [(0, 0), (0, 0), *((0, n - have) for n, have in zip(sizes, x.shape[2:], strict=True))])
 
 
 def _to_float64(x: Array) -> Array:
-    if x.dtype.kind in "OSU":
-        return x.astype(np.str_).astype(np.float64)
-    return x.astype(np.float64, copy=False)
+    wide: Array = np.asarray(x.astype(np.str_) if x.dtype.kind in "OSU" else x, np.float64)
+    return wide

@@ -17,7 +17,7 @@ from fuser.proof.rounding import Nudge
 _LOW = {torch.float32, torch.float16, torch.bfloat16}
 
 
-class InFloat64(TorchDispatchMode):
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operators see float64 tensors and float64 as the type to compute in."""
 
     @classmethod

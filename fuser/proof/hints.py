@@ -66,9 +66,8 @@ class _Reader:
                 for index, name in enumerate(node.input):
                     self._uses[name].append((node, index))
                 if node.op_type == "Constant":
-                    self._constants |= {
-                        node.output[0]: attribute.t for attribute in node.attribute if attribute.name == "value"
-                    }
+                    values = [attribute.t for attribute in node.attribute if attribute.name == "value"]
+                    self._constants |= dict(zip(node.output, values, strict=False))
 
     def hint(self, name: str) -> Hint:
         hint = Hint()

@@ -25,7 +25,7 @@ from fuser.proof.interface import public_inputs
 Array = np.ndarray[Any, Any]
 
 KINDS = ("normal", "large", "zeros", "negative", "small", "unit")
-"""Standard normal; a hundred times that (eight times for 16-bit types); zeros; negative normal; a thousandth; [0, 1)."""
+"""Standard normal; a hundred times that (eight for 16-bit types); zeros; negative normal; a thousandth; [0, 1)."""
 
 SIZES = (32, 64, 128, 224, 256, 512, 8, 16, 4, 2, 1, 640, 1024, 4096)
 """Sizes that are tried, in this order, for dimensions that the model leaves open."""
@@ -271,7 +271,7 @@ def _value(spec: Spec, sizes: Sizes, kind: str, rng: np.random.Generator) -> Any
 
 def _tensor(spec: Spec, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> Array:
     hint, dtype, name = spec.hint, spec.dtype, spec.name.lower()
-    if dtype == object or dtype.kind in "SU":
+    if dtype.kind == "O" or dtype.kind in "SU":
         return np.asarray(rng.choice(hint.words or _WORDS, shape), object)
     if dtype == np.bool_:
         return rng.random(shape) < 0.5
@@ -288,7 +288,7 @@ def _tensor(spec: Spec, shape: tuple[int, ...], kind: str, rng: np.random.Genera
     if "mask" in name:
         return (rng.random(shape) < 0.8).astype(dtype)
     if dtype.itemsize == 1:
-        limits = ml_dtypes.iinfo(dtype)
+        limits = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
         return rng.integers(int(limits.min), int(limits.max) + 1, shape).astype(dtype)
     return rng.integers(0, {"zeros": 1, "large": 100}.get(kind, 4), shape).astype(dtype)
 

@@ -124,7 +124,7 @@ def _kind(kind: str | None) -> str:
 
 
 def _element(elem_type: int) -> str:
-    return onnx.TensorProto.DataType.Name(elem_type).lower()
+    return str(onnx.TensorProto.DataType.Name(elem_type)).lower()
 
 
 def _list(names: Sequence[str]) -> str:

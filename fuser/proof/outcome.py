@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Any, Literal
 
 Kind = Literal["refused", "unsupported", "crashed", "timed out", "too-large"]
 
@@ -27,7 +27,7 @@ class Failure:
 Outputs = list[Any]
 """Arrays in the model's order; a list of arrays for a sequence, None for an empty optional."""
 
-Outcome = Union[Outputs, Failure]
+Outcome = Outputs | Failure
 
 
 def first_line(error: BaseException) -> str:

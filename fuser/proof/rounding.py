@@ -15,18 +15,17 @@ _SMALL = 16
 
 def unit_roundoff(dtype: Any) -> float:
     """The largest relative error of one rounding to `dtype`: 2**-24 for float32, 2**-11 for float16."""
-    return float(ml_dtypes.finfo(dtype).eps) / 2
+    return float(_info(dtype).eps) / 2
 
 
 def largest(dtype: Any) -> float:
     """The largest finite number of `dtype`."""
-    return float(ml_dtypes.finfo(dtype).max)
+    return float(_info(dtype).max)
 
 
-def narrowed(values: Array, dtype: Any) -> Array:
-    """`values` rounded once to `dtype`, as float64."""
-    with np.errstate(over="ignore"):
-        return values.astype(dtype).astype(np.float64)
+def tiniest(dtype: Any) -> float:
+    """The spacing of the subnormal numbers of `dtype`."""
+    return float(_info(dtype).smallest_subnormal)
 
 
 class Nudge:
@@ -43,17 +42,18 @@ class Nudge:
             return wide
         return self._move(wide, unit_roundoff(value.dtype))
 
-    def cast(self, value: Array, to: int) -> Array:
-        """What a Cast to the ONNX type `to` gave (kept in float64), moved by the rounding that was left out."""
-        import onnx
-
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(to))
+    def cast(self, value: Array, dtype: np.dtype[Any]) -> Array:
+        """What a Cast to `dtype` gave (kept in float64), moved by the rounding that was left out."""
         if value.dtype != np.float64 or dtype == np.float64 or (value.size <= _SMALL and _is_short(value)):
             return value
         return self._move(value, unit_roundoff(dtype))
 
     def _move(self, value: Array, size: float) -> Array:
         return np.asarray(value * (1 + self._scale * size * self._rng.uniform(-1, 1, value.shape)))
+
+
+def _info(dtype: Any) -> Any:
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 def _is_short(value: Array) -> bool:

@@ -9,14 +9,12 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from fuser.errors import InputError
 from fuser.isolate import Crashed, Raised, TimedOut, Worker
 from fuser.proof.outcome import Failure, Outcome, first_line
 
@@ -172,10 +170,7 @@ def _failure(error: Crashed | TimedOut | Raised) -> Failure:
 def as_path(model: Any) -> Iterator[str]:
     """The path of an ONNX file that holds `model`: a path as it is, a ModelProto in a temporary folder."""
     if isinstance(model, (str, os.PathLike)):
-        path = Path(model)
-        if not path.is_file():
-            raise InputError(f"{path} is {'a folder' if path.is_dir() else 'missing'}; give the path of an ONNX file")
-        yield str(path)
+        yield os.fspath(model)
         return
     from fuser import files
 
@@ -183,9 +178,3 @@ def as_path(model: Any) -> Iterator[str]:
         target = Path(folder) / "model.onnx"
         files.save(files.ModelFile.from_proto(model), target)
         yield str(target)
-
-
-def timed(call: Any) -> tuple[Any, float]:
-    """What `call()` returns, and the seconds it took."""
-    started = time.perf_counter()
-    return call(), time.perf_counter() - started

@@ -74,18 +74,33 @@ class Side(Protocol):
         """Whether outputs are free of NaN and infinity."""
         ...
 
+    def output_dtype(self, name: str, output: Any) -> Any:
+        """The type to which an output is rounded, which its float64 evaluation no longer shows."""
+        ...
+
 
 class OnnxSide:
     """An ONNX model."""
 
     def __init__(
-        self, model: files.ModelFile, path: str, worker: Worker, timeout: float, input_shapes: Any, removed: Collection[str]
+        self,
+        model: files.ModelFile,
+        path: str,
+        worker: Worker,
+        timeout: float,
+        input_shapes: Mapping[str, Sequence[int]] | None,
+        removed: Collection[str],
     ) -> None:
         graph = model.proto.graph
         self.model, self.path = model, path
         self.input_names = [value.name for value in public_inputs(graph)]
         self.output_names = [value.name for value in graph.output]
         self.runner: Runner = OnnxRunner(path, self.input_names, worker, timeout)
+        self._dtypes = {
+            value.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+            for value in graph.output
+            if value.type.tensor_type.elem_type
+        }
         self.is_random = any(node.op_type in _RANDOM for node in _nodes(graph))
         self._removed, self._shapes = removed, input_shapes
         self._worker, self._timeout = worker, timeout
@@ -168,11 +183,18 @@ class OnnxSide:
         plan += [(sizes, kind) for kind in inputs.KINDS[1:]]
         if number < len(plan):  # the most telling first
             plan = [plan[0], *plan[2:3], (sizes, "large"), *plan[1:2], (sizes, "unit"), (sizes, "zeros"), *plan[3:]]
-        return [inputs.generate(self.specs, which, kind, seed + index) for index, (which, kind) in enumerate(plan[:number])]
+        chosen = enumerate(plan[:number])
+        return [inputs.generate(self.specs, which, kind, seed + index) for index, (which, kind) in chosen]
 
     def is_finite(self, outputs: list[Any]) -> bool:
         """See `Side.is_finite`."""
         return finite(outputs)
+
+    def output_dtype(self, name: str, output: Any) -> Any:
+        """See `Side.output_dtype`."""
+        if not isinstance(self.runner, Float64Runner):
+            return output.dtype
+        return self._dtypes.get(name, output.dtype)
 
 
 def finite(outputs: list[Any]) -> bool:

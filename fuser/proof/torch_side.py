@@ -30,9 +30,8 @@ class TorchRunner:
         self._module, self._arguments = module, arguments
 
     def run(self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False) -> list[Outcome]:
-        """See `Runner.run`; `optimize` lets torch use oneDNN, which is off otherwise."""
-        with torch.backends.mkldnn.flags(enabled=optimize):
-            return [self._run(self._module, values) for values in (sets[:1] if first else sets)]
+        """See `Runner.run`; torch has no optimizer of its own to switch."""
+        return [self._run(self._module, values) for values in (sets[:1] if first else sets)]
 
     def truth(self, sets: Sequence[Feeds], nudges: Sequence[int | None] = (None,)) -> list[list[Outcome]]:
         """See `Runner.truth`."""
@@ -45,7 +44,7 @@ class TorchRunner:
             except Exception as error:
                 answers.append([Failure("unsupported", f"no float64 copy: {first_line(error)}")] * len(sets))
                 continue
-            with InFloat64():
+            with InFloat64():  # type: ignore[no-untyped-call]
                 answers.append([self._run(wide, values, wide=True) for values in sets])
         return answers
 
@@ -57,7 +56,8 @@ class TorchRunner:
                 returned = module(*args, **kwargs)
         except Exception as error:
             return Failure("refused", first_line(error))
-        return [to_numpy(leaf) if isinstance(leaf, torch.Tensor) else _scalar(leaf) for leaf in pytree.tree_leaves(returned)]
+        leaves = pytree.tree_leaves(returned)
+        return [to_numpy(leaf) if isinstance(leaf, torch.Tensor) else _scalar(leaf) for leaf in leaves]
 
 
 class Arguments:
@@ -66,11 +66,8 @@ class Arguments:
     def __init__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         self._leaves, self._structure = pytree.tree_flatten((tuple(args), dict(kwargs)))
         paths, _ = pytree.tree_flatten_with_path((tuple(args), dict(kwargs)))
-        self.names = [
-            f"input{pytree.keystr(path)[3:]}" if path[0] == pytree.SequenceKey(0) else f"kwargs{pytree.keystr(path)[3:]}"
-            for path, leaf in paths
-            if isinstance(leaf, torch.Tensor)
-        ]
+        places = [pytree.keystr(path) for path, leaf in paths if isinstance(leaf, torch.Tensor)]
+        self.names = [f"{'args' if place.startswith('[0]') else 'kwargs'}{place[3:]}" for place in places]
         self.tensors = [leaf for leaf in self._leaves if isinstance(leaf, torch.Tensor)]
         self.examples = [to_numpy(tensor) for tensor in self.tensors]
 
@@ -153,6 +150,10 @@ class TorchSide:
     def is_finite(self, outputs: list[Any]) -> bool:
         """See `Side.is_finite`."""
         return finite(outputs)
+
+    def output_dtype(self, name: str, output: Any) -> Any:
+        """See `Side.output_dtype`."""
+        return output.dtype
 
 
 def open_torch(

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from fuser.proof.rounding import largest, unit_roundoff
+from fuser.proof.rounding import largest, tiniest, unit_roundoff
 
 Array = np.ndarray[Any, Any]
 
@@ -33,7 +33,7 @@ def agree(expected: Array, actual: Array, magnitude: Array, dtype: Any) -> str |
     if not np.isfinite(actual).all():
         return "the new constants are not finite"
     error = np.abs(actual - expected)
-    allowed = ROUNDINGS * unit_roundoff(dtype) * (magnitude + np.abs(expected)) + _tiniest(dtype) * 4
+    allowed = ROUNDINGS * unit_roundoff(dtype) * (magnitude + np.abs(expected)) + tiniest(dtype) * 4
     wrong = error > allowed
     if not wrong.any():
         return None
@@ -56,10 +56,3 @@ def in_range(values: Array, dtype: Any, name: str) -> str | None:
 def field(shape: tuple[int, ...], seed: int = 0) -> Array:
     """A random input of `shape`, standard normal, in float64."""
     return np.random.default_rng(seed).standard_normal(shape)
-
-
-def _tiniest(dtype: Any) -> float:
-    """The spacing of subnormal numbers of `dtype`, which bounds the error of very small constants."""
-    import ml_dtypes
-
-    return float(ml_dtypes.finfo(dtype).smallest_subnormal)

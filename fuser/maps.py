@@ -1,0 +1,135 @@
+"""Which ops are affine maps of one operand, and along which axis: read once, for every pass that asks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fuser.affine import ChannelAffine
+from fuser.graph import Array, Graph
+from fuser.ops import BatchNorm, Elementwise, Value
+from fuser.remarks import Missed
+
+
+@dataclass(frozen=True, eq=False)
+class Map:
+    """An affine map of a value along `axis`; None for a scalar, which is the same along every axis."""
+
+    affine: ChannelAffine
+    axis: int | None
+
+    def along(self, axis: int, affine: ChannelAffine | None = None) -> Map:
+        return Map(affine or self.affine, None if self.axis is None else axis)
+
+
+@dataclass(frozen=True, eq=False)
+class AffineOp:
+    """y = map(operand)."""
+
+    operand: Value
+    map: Map
+
+
+def affine_op(graph: Graph, op: BatchNorm | Elementwise) -> AffineOp | Missed:
+    """What the op does to its operand, if that is an affine map whose numbers are known."""
+    return _batch_norm(graph, op) if isinstance(op, BatchNorm) else _arithmetic(graph, op)
+
+
+def _batch_norm(graph: Graph, op: BatchNorm) -> AffineOp | Missed:
+    if op.training:
+        return Missed(
+            "training-mode",
+            "it normalizes with the statistics of the batch",
+            "put the model in eval mode before it is exported",
+        )
+    if not op.per_channel:
+        return Missed("not-per-channel", "it keeps statistics for each element (spatial=0)")
+    parameters: dict[str, Array | None] = {}
+    for field in ("scale", "bias", "mean", "var"):
+        value = getattr(op, field)
+        found = None if value is None else graph.constant(value)
+        if isinstance(found, Missed):
+            return found
+        parameters[field] = found
+    mean, var = parameters["mean"], parameters["var"]
+    if mean is None or var is None:
+        return Missed("training-mode", "it has no running statistics, so it normalizes with those of the batch")
+    shapes = {p.shape for p in parameters.values() if p is not None}
+    if len(shapes) != 1 or mean.ndim != 1:
+        return Missed("shape-mismatch", f"its parameters have the shapes {', '.join(map(str, sorted(shapes)))}")
+    affine = ChannelAffine.from_batch_norm(parameters["scale"], parameters["bias"], mean, var, op.epsilon)
+    if not affine.is_finite:
+        channel = int(np.flatnonzero(~np.isfinite(affine.scale + affine.shift))[0])
+        return Missed(
+            "not-finite", f"channel {channel} has variance {float(var[channel]):g} with epsilon {op.epsilon:g}"
+        )
+    return AffineOp(op.input, Map(affine, 1))
+
+
+def _arithmetic(graph: Graph, op: Elementwise) -> AffineOp | Missed:
+    left, right = graph.constant(op.left), graph.constant(op.right)
+    if isinstance(right, Missed):
+        operand, constant, reverse = op.right, left, True
+    else:
+        operand, constant, reverse = op.left, right, False
+    if isinstance(constant, Missed):
+        return _why_two(left, right)
+    affine = _affine(op.function, constant, reverse)
+    if isinstance(affine, Missed):
+        return affine
+    axis = _axis(graph, operand, constant)
+    return axis if isinstance(axis, Missed) else AffineOp(operand, Map(affine, axis))
+
+
+def _why_two(*operands: Array | Missed) -> Missed:
+    """Why neither operand is a constant: one that could be told apart from a variable says more."""
+    for found in operands:
+        if isinstance(found, Missed) and found.code != "not-constant":
+            return found
+    return Missed("two-variables", "neither operand is known before run time")
+
+
+def _affine(function: str, constant: Array, reverse: bool) -> ChannelAffine | Missed:
+    """x -> x `function` constant, or the other way round; one map for each element of the constant."""
+    if constant.dtype.kind in "biuc":
+        return Missed("not-affine", "it is not arithmetic of real numbers")
+    c = constant.astype(np.float64).reshape(-1)
+    one, zero = np.ones_like(c), np.zeros_like(c)
+    with np.errstate(divide="ignore"):
+        match function, reverse:
+            case "+", _:
+                affine = ChannelAffine(one, c)
+            case "-", False:
+                affine = ChannelAffine(one, -c)
+            case "-", True:
+                affine = ChannelAffine(-one, c)
+            case "*", _:
+                affine = ChannelAffine(c, zero)
+            case "/", False:
+                affine = ChannelAffine(1 / c, zero)
+            case _:
+                return Missed("not-affine", "a constant is divided by the operand")
+    return affine if affine.is_finite else Missed("not-finite", "the constant is not finite, or divides by zero")
+
+
+def _axis(graph: Graph, operand: Value, constant: Array) -> int | Missed | None:
+    """The axis of the operand along which the constant varies; None for a single number.
+
+    Broadcasting aligns axes from the right, whatever their sizes are.
+    """
+    wide = [axis for axis, size in enumerate(constant.shape) if size != 1]
+    if not wide and constant.ndim <= 1:
+        return None
+    rank = graph.rank(operand)
+    if rank is None:
+        return Missed(
+            "rank",
+            f"how many axes {graph.describe(operand)} has is not known, so neither is the axis of the constant",
+            "give example_inputs, or a model with shapes",
+        )
+    if constant.ndim > rank:
+        return Missed("broadcasts", f"the constant has {constant.ndim} axes, and {graph.describe(operand)} has {rank}")
+    if len(wide) > 1:
+        return Missed("not-per-channel", f"the constant varies along {len(wide)} axes: its shape is {constant.shape}")
+    return wide[0] - constant.ndim + rank if wide else None

@@ -1,0 +1,75 @@
+"""Fold arithmetic with constants into the linear operators around it.
+
+    y = (W x + b) * s + t         =>   y = (s W) x + (s b + t)       into what produces the operand, or
+    y = W (x * s + t) + b         =>   y = (W s) x + (W t + b)       into all that read the result
+
+One operation at a time: x * c, x + c, x - c, c - x or x / c, where c is one number or has one for each channel.
+So decomposed and frozen BatchNorms, LayerScale, the scale of a decomposed RMSNorm and (x - mean) / std in front of
+a network go step by step.  The axis of c comes from right-aligned broadcasting.
+
+Refusals:
+    two-variables    neither operand is known before run time
+    not-affine       a constant is divided by the operand, or the numbers are not real
+    not-per-channel  the constant varies along more than one axis
+    broadcasts       the result is larger than the operand, or may be
+    overridable, quantized, no-linear, shared-output, axis-mismatch, rank, padding, shape-mismatch,
+    not-finite, shared-weights, unsound: as for fold-batch-norm
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fuser.absorb import Absorption, Walker
+from fuser.graph import Graph
+from fuser.maps import AffineOp, Map, affine_op
+from fuser.ops import Elementwise, Value
+from fuser.remarks import Missed
+from fuser.rewrite import RewritePass
+
+
+@dataclass(frozen=True, eq=False)
+class Folding:
+    """The arithmetic that goes, its operand, and where it moves."""
+
+    op: Elementwise
+    operand: Value
+    absorption: Absorption
+
+
+@dataclass(frozen=True)
+class FoldAffine(RewritePass[Elementwise, Folding]):
+    """shared_weights: "copy" gives a layer its own copy of a weight that others read, "refuse" leaves it alone."""
+
+    shared_weights: str = "copy"
+
+    name, root = "fold-affine", Elementwise
+
+    def match(self, graph: Graph, op: Elementwise) -> Folding | Missed:
+        found = affine_op(graph, op)
+        if isinstance(found, Missed):
+            return found
+        walker = Walker(graph, self.shared_weights)
+        backward = walker.into_producer(found.operand, found.map)
+        if isinstance(backward, Absorption):
+            return Folding(op, found.operand, backward)
+        if not _keeps_shape(graph, found):
+            return Missed(
+                "broadcasts", f"it is not known that {graph.describe(found.operand)} is as large as the result"
+            )
+        forward = walker.into_readers(op.output, found.map)
+        if isinstance(forward, Absorption):
+            return Folding(op, found.operand, forward)
+        return backward if forward.code == "no-linear" else forward
+
+    def rewrite(self, graph: Graph, match: Folding) -> str:
+        done = match.absorption.apply(graph)
+        graph.replace(match.op, by=match.operand)
+        return done
+
+
+def _keeps_shape(graph: Graph, found: AffineOp) -> bool:
+    """Whether the operand is as large as the result; a linear operator before it proves that by its weight."""
+    m: Map = found.map
+    shape = graph.shape(found.operand)
+    return m.axis is None or (shape is not None and shape[m.axis] == m.affine.channels)

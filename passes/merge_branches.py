@@ -1,0 +1,195 @@
+"""Merge two parallel linear branches of one input into one operator.
+
+    y = conv(x, W1) + conv(x, W2)     =>   y = conv(x, W1 + W2)      the smaller kernel inside the larger one
+    y = conv(x, W) + s x + t          =>   y = conv(x, W + s)        s on the tap that meets x, t in the bias
+    y = W1 x + W2 x                   =>   y = (W1 + W2) x
+
+A branch is a convolution or matrix product, a BatchNorm or arithmetic with constants, or x itself; the sum may
+be a difference.  Blocks of many branches (RepVGG, MobileOne, RepViT, FastViT) collapse pair by pair, together with
+fold-batch-norm and fold-affine.  The operator with the larger kernel stays, so nothing grows.
+
+Refusals:
+    constant          one operand is a constant: fold-affine looks at it
+    not-linear-sum    it is a product or a quotient
+    different-inputs  the branches do not read one input, or none of them is a linear operator
+    geometry          strides, groups, windows or channels do not allow for one kernel
+    shared-output     a branch is read elsewhere, too
+    not-constant, overridable, quantized, training-mode, rank, axis-mismatch, shape-mismatch, not-finite, hooks,
+    shared-weights, unsound: as for fold-batch-norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fuser import affine as algebra
+from fuser.absorb import constants_of, shared_weights
+from fuser.affine import ChannelAffine, Constants
+from fuser.graph import Array, Graph
+from fuser.kernels import Kernel, agree
+from fuser.maps import AffineOp, Map, affine_op
+from fuser.ops import BatchNorm, Conv, Elementwise, Linear, Op, Value
+from fuser.remarks import Missed
+from fuser.rewrite import HOOKED, RewritePass
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One reading of an operand: `op` applied to `source`, or the source itself."""
+
+    source: Value
+    op: Op | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """`host` takes new constants, and its output stands for the sum."""
+
+    sum: Elementwise
+    host: Conv | Linear
+    arrays: dict[str, Array]
+    guest: str
+
+
+@dataclass(frozen=True)
+class MergeBranches(RewritePass[Elementwise, Merge]):
+    """shared_weights: "copy" gives a layer its own copy of a weight that others read, "refuse" leaves it alone."""
+
+    shared_weights: str = "copy"
+
+    name, root = "merge-branches", Elementwise
+
+    def match(self, graph: Graph, op: Elementwise) -> Merge | Missed:
+        if op.function not in ("+", "-"):
+            return Missed("not-linear-sum", "it is a product or a quotient")
+        if not all(isinstance(graph.constant(operand), Missed) for operand in (op.left, op.right)):
+            return Missed("constant", "one operand is a constant")
+        refused = Missed("different-inputs", "its operands are not linear in one input")
+        for left in _branches(graph, op.left):
+            for right in _branches(graph, op.right):
+                if left.source is right.source and (_is_linear(left.op) or _is_linear(right.op)):
+                    found = _merge(graph, op, left, right)
+                    if isinstance(found, Merge):
+                        return self._unshared(graph, found)
+                    refused = found
+        return refused
+
+    def _unshared(self, graph: Graph, found: Merge) -> Merge | Missed:
+        if self.shared_weights == "refuse" and len(graph.readers(found.host.weight)) > 1:
+            return shared_weights(graph, found.host)
+        return found
+
+    def rewrite(self, graph: Graph, match: Merge) -> str:
+        graph.set_constants(match.host, **match.arrays)
+        graph.replace(match.sum, by=match.host.output)
+        return f"{match.guest} is part of {graph.describe(match.host)}"
+
+
+def _branches(graph: Graph, value: Value) -> Iterator[Branch]:
+    op = graph.op_producing(value)
+    if isinstance(op, Conv | Linear | BatchNorm):
+        yield Branch(op.input, op)
+    elif isinstance(op, Elementwise) and isinstance(found := affine_op(graph, op), AffineOp):
+        yield Branch(found.operand, op)
+    yield Branch(value)
+
+
+def _is_linear(op: Op | None) -> bool:
+    return isinstance(op, Conv | Linear)
+
+
+def _merge(graph: Graph, total: Elementwise, left: Branch, right: Branch) -> Merge | Missed:
+    """The branch with the larger kernel takes the other one."""
+    for branch, operand in ((left, total.left), (right, total.right)):
+        if branch.op is not None and branch.op.hooked:
+            return HOOKED
+        if branch.op is not None and len(graph.readers(operand)) > 1:
+            return Missed("shared-output", f"{graph.describe(operand)} is read by more than this")
+    refused: Missed | None = None
+    for host, guest, signs in ((left, right, (1, _sign(total))), (right, left, (_sign(total), 1))):
+        if not isinstance(host.op, Conv | Linear):
+            continue
+        found = _take_in(graph, total, host.op, guest, *signs)
+        if isinstance(found, Merge):
+            return found
+        refused = refused or found
+    assert refused is not None
+    return refused
+
+
+def _sign(total: Elementwise) -> int:
+    return 1 if total.function == "+" else -1
+
+
+def _take_in(
+    graph: Graph, total: Elementwise, op: Conv | Linear, guest: Branch, sign: int, guest_sign: int
+) -> Merge | Missed:
+    host = _kernel(graph, op)
+    if isinstance(host, Missed):
+        return host
+    other = _guest_kernel(graph, guest, op, host)
+    if isinstance(other, Missed):
+        return other
+    if why := other.misfit(host):
+        return Missed("geometry", f"the branches cannot share one kernel: {why}")
+    host, other = host.times(sign), other.times(guest_sign)
+    dtype = host.weight.dtype
+    new = host.plus(other, dtype)
+    if not (algebra.is_finite(new.weight) and algebra.is_finite(new.bias)):
+        return Missed("not-finite", f"the sum of the kernels is not finite in {dtype}")
+    merged = Kernel(new.weight, new.bias, host.groups, host.strides, host.taps, host.growth)
+    if not agree([host, other], merged, dtype):
+        return Missed("unsound", "the merged kernel does not do what the branches did, on a test input")
+    arrays = {"weight": new.weight.T if _is_turned(op) else new.weight}
+    if op.bias is not None or new.bias.any():
+        arrays["bias"] = new.bias
+    name = f"{graph.describe(guest.source)} itself" if guest.op is None else graph.describe(guest.op)
+    return Merge(total, op, arrays, name)
+
+
+def _kernel(graph: Graph, op: Conv | Linear) -> Kernel | Missed:
+    constants = constants_of(graph, op)
+    if isinstance(constants, Missed):
+        return constants
+    weight, bias, alpha = constants
+    name = graph.describe(op)
+    if bias.ndim != 1:
+        return Missed("shape-mismatch", f"the bias of {name} differs from row to row")
+    if isinstance(op, Linear):
+        if op.in_axis != -1:
+            return Missed("axis-mismatch", f"{name} sums over the first axis")
+        turned = weight.T if _is_turned(op) else weight
+        return Kernel(turned if alpha == 1 else algebra.scaled(turned, np.array(alpha), weight.dtype), bias)
+    if op.transposed or op.padding is None:
+        return Missed("geometry", f"{name} is transposed, or pads by the size of its input")
+    return Kernel.conv(Constants(weight, bias), op.groups, op.strides, op.dilations, op.padding)
+
+
+def _is_turned(op: Conv | Linear) -> bool:
+    return isinstance(op, Linear) and op.out_axis == 1
+
+
+def _guest_kernel(graph: Graph, guest: Branch, host_op: Conv | Linear, host: Kernel) -> Kernel | Missed:
+    if isinstance(guest.op, Conv | Linear):
+        if type(guest.op) is not type(host_op):
+            return Missed("geometry", "a convolution and a matrix product work along different axes")
+        return _kernel(graph, guest.op)
+    m = Map(ChannelAffine.identity(1), None)
+    if isinstance(guest.op, BatchNorm | Elementwise):
+        found = affine_op(graph, guest.op)
+        if isinstance(found, Missed):
+            return found
+        m = found.map
+    if m.axis is not None:
+        rank = graph.rank(host_op.output)
+        expected = rank - 1 if rank is not None and isinstance(host_op, Linear) else 1
+        if rank is None or (isinstance(host_op, Conv) and rank != host.weight.ndim):
+            return Missed("rank", f"how many axes {graph.describe(host_op)} works on is not known, or no batch is one")
+        if m.axis != expected:
+            return Missed("axis-mismatch", f"one branch works along axis {m.axis}, the other along axis {expected}")
+    if m.affine.channels not in (1, host.inputs):
+        return Missed("shape-mismatch", f"{m.affine.channels} channels in one branch, {host.inputs} in the other")
+    return Kernel.pointwise(m.affine.sized(host.inputs), len(host.taps))

@@ -1,0 +1,132 @@
+"""The rule by which an output is judged, and the figures that are shown."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fuser.proof.compare import FACTOR, Figures, Judge, bit_identical, figures
+from fuser.proof.rounding import Nudge, unit_roundoff
+
+RNG = np.random.default_rng(7)
+U = unit_roundoff(np.float32)
+TRUTH = RNG.standard_normal((2, 8, 16, 16))
+NOISE = 1e-4
+
+
+def noisy(size: float = NOISE, truth: np.ndarray = TRUTH) -> np.ndarray:
+    return truth + size * RNG.standard_normal(truth.shape)
+
+
+def test_noise_like_the_originals_passes_and_more_does_not() -> None:
+    judge = Judge(TRUTH, [noisy()], U)
+    assert judge.judge(noisy()).excess == pytest.approx(1 / FACTOR, rel=0.4)
+    assert judge.judge(noisy(2 * NOISE)).fine
+    assert not judge.judge(noisy(2 * FACTOR * NOISE)).fine
+
+
+def test_without_noise_a_rounding_of_the_output_is_allowed_and_not_much_more() -> None:
+    assert Judge(TRUTH, [], U).judge(TRUTH * (1 + U)).fine
+    assert not Judge(TRUTH, [], U).judge(TRUTH * (1 + 4 * U)).fine
+    assert Judge(TRUTH, [], unit_roundoff(np.float16)).judge(TRUTH.astype(np.float16)).fine
+
+
+def test_one_channel_is_not_lost_among_large_ones() -> None:
+    scales = np.array([1e3] * 7 + [1e-3]).reshape(1, 8, 1, 1)
+    truth = TRUTH * scales
+    candidate = truth.copy()
+    candidate[:, 7] *= 1.01
+    assert np.abs(candidate - truth).max() < U * np.abs(truth).max()  # invisible to a single number
+    assert not Judge(truth, [], U).judge(candidate).fine
+
+
+def test_a_shift_below_the_largest_error_is_seen_by_the_mean() -> None:
+    original = noisy()
+    original[0, 0, 0, 0] += 100 * NOISE  # one outlier must not buy everything else a hundredfold
+    assert not Judge(TRUTH, [original], U).judge(TRUTH + 50 * NOISE).fine
+
+
+def test_nan_and_infinity_stand_where_a_right_evaluation_has_them() -> None:
+    truth = np.array([1.0, np.nan, np.inf, 70000.0, 2.0])
+    overflown = np.array([1.0, np.nan, np.inf, np.inf, 2.0])
+    assert Judge(truth, [overflown], U).judge(overflown).fine
+    assert Judge(truth, [overflown], U).judge(truth).fine
+    for place, value in ((0, np.nan), (1, 1.0), (2, -np.inf), (4, np.inf)):
+        wrong = overflown.copy()
+        wrong[place] = value
+        problem = Judge(truth, [overflown], U).judge(wrong)
+        assert not problem.fine and f"[{place}]" in problem.problem
+    assert not Judge(truth, [truth], U).judge(overflown).fine
+
+
+def test_integers_are_equal_but_where_right_evaluations_disagree() -> None:
+    truth, tie = np.array([3, 1, 4]), np.array([3, 2, 4])
+    assert Judge(truth, [truth], 0.0).judge(truth).fine
+    assert not Judge(truth, [truth], 0.0).judge(tie).fine
+    assert Judge(truth, [tie], 0.0).judge(np.array([3, 7, 4])).fine
+    assert not Judge(truth, [tie], 0.0).judge(np.array([3, 2, 5])).fine
+    words = np.array(["a", "b"], object)
+    assert Judge(words, [], 0.0).judge(words.copy()).fine
+    assert not Judge(words, [], 0.0).judge(np.array(["a", "c"], object)).fine
+
+
+def test_another_shape_fails_unless_rounding_decides_the_shape() -> None:
+    judgement = Judge(TRUTH, [TRUTH], U).judge(TRUTH[:1])
+    assert judgement.excess == math.inf and "shape [1, 8, 16, 16] instead of [2, 8, 16, 16]" in judgement.problem
+    assert Judge(np.arange(4), [np.arange(5)], 0.0).judge(np.arange(5)).fine
+
+
+def test_a_scalar_and_an_empty_output() -> None:
+    assert Judge(np.array(1.0), [np.array(1.0 + U)], U).judge(np.array(1.0 + 4 * U)).fine
+    assert not Judge(np.array(1.0), [np.array(1.0 + U)], U).judge(np.array(1.0 + 40 * U)).fine
+    assert Judge(np.zeros((0, 3)), [], U).judge(np.zeros((0, 3))).fine
+
+
+def test_exact_means_the_same_bits() -> None:
+    values = np.array([0.0, np.nan, 1.0], np.float32)
+    assert bit_identical(values.copy(), values).fine
+    assert not bit_identical(np.array([-0.0, np.nan, 1.0], np.float32), values).fine
+    assert not bit_identical(np.nextafter(values, 2, dtype=np.float32), values).fine
+    assert not bit_identical(values.astype(np.float64), values).fine
+    assert not bit_identical(values[None], values).fine
+    words = np.array(["a"], object)
+    assert bit_identical(words.copy(), words).fine and not bit_identical(np.array(["b"], object), words).fine
+
+
+def test_figures_by_hand() -> None:
+    reference = np.array([[1.0, 2.0, 4.0], [4.0, 2.0, 1.0]])
+    candidate = reference.astype(np.float32)
+    candidate[0, 2] = 3.0
+    candidate[1, 1] = 4.5
+    shown = figures("y", candidate, reference, reference.astype(np.float32))
+    assert shown.max_abs == 2.5 and shown.relative == 2.5 / 4 and shown.original == 0.0
+    assert shown.ulp == pytest.approx(2.5 / 4 * 2**23)
+    assert shown.snr_db == pytest.approx(10 * math.log10(42 / 7.25))
+    assert shown.top1 == 0.5
+    assert shown.cosine == pytest.approx((1 + 4 + 12 + 16 + 9 + 1) / math.sqrt(42 * (1 + 4 + 9 + 16 + 20.25 + 1)))
+    same = figures("y", reference, reference, None)
+    assert (same.max_abs, same.snr_db, same.top1) == (0.0, math.inf, 1.0) and same.cosine == pytest.approx(1)
+    assert figures("n", np.array([1, 2]), np.array([1, 3]), None).mismatches == 1
+
+
+def test_figures_of_bfloat16_and_of_the_worst_set() -> None:
+    reference = RNG.standard_normal(50)
+    shown = figures("y", reference.astype(ml_dtypes.bfloat16), reference, None)
+    assert 0 < shown.ulp <= 1 and shown.dtype == "bfloat16"
+    worst = shown.worst(Figures("y", "bfloat16", (50,), max_abs=9.0, snr_db=-3.0, cosine=0.1, top1=0.25))
+    assert (worst.max_abs, worst.snr_db, worst.cosine, worst.top1) == (9.0, -3.0, 0.1, 0.25)
+    assert Figures("y", "float32", ()).to_dict()["snr_db"] is None
+
+
+def test_a_nudge_is_at_most_one_rounding_and_leaves_sizes_alone() -> None:
+    values = RNG.standard_normal(1000).astype(np.float16)
+    moved = Nudge(1).constant(values)
+    relative = np.abs(moved / values.astype(np.float64) - 1)
+    assert 0 < relative.max() <= unit_roundoff(np.float16) and relative.mean() > unit_roundoff(np.float16) / 4
+    assert np.array_equal(Nudge(1).constant(values), moved) and not np.array_equal(Nudge(2).constant(values), moved)
+    sizes = np.array([1, 1, 2.0, 224], np.float32)
+    assert np.array_equal(Nudge(1).constant(sizes), sizes)
+    assert not np.array_equal(Nudge(1).constant(np.array([0.1], np.float32)), np.array([0.1], np.float32))

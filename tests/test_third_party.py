@@ -1,0 +1,122 @@
+"""Passes of another package, installed for real: found, run on both IRs, and contained when they are wrong."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
+
+PACKAGE = Path(__file__).parent / "toy_package"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the toy package installed; built without the network."""
+    pytest.importorskip("setuptools", reason="the toy package is built with it")
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    for path in PACKAGE.iterdir():
+        if path.is_file():
+            (source / path.name).write_bytes(path.read_bytes())
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*command, "--target", str(target), str(source)], check=True, timeout=120)
+    return target
+
+
+def run(site: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        cwd=site,
+        env={**os.environ, "PYTHONPATH": str(site), "COLUMNS": "250"},
+    )
+
+
+@pytest.fixture
+def net(tmp_path: Path) -> Path:
+    """conv -> BN -> relu -> * 1 -> conv -> BN; the second norm is next to a convolution that is read twice."""
+    nodes = [
+        conv("x", "c"),
+        batch_norm("c", "b"),
+        node("Relu", ["b"], ["r"]),
+        node("Mul", ["r", "one"], ["m"]),
+        conv("m", "d"),
+        batch_norm("d", "y"),
+    ]
+    constants = {**conv_constants(), "one": np.float32(1)}
+    onnx.save(model(nodes, constants=constants, x=(1, 4, 8, 8)), tmp_path / "net.onnx")
+    return tmp_path / "net.onnx"
+
+
+GOOD = "toy-erase-neutral,fold-batch-norm"
+
+
+def test_an_installed_package_is_listed_with_its_owner(site: Path) -> None:
+    done = run(site, "-m", "fuser", "passes")
+    assert done.returncode == 0
+    (line,) = (line for line in done.stdout.splitlines() if "toy-erase-neutral" in line)
+    assert "toy-passes" in line
+    assert "x * 1 => x" in " ".join(line.split())
+
+
+def test_what_cannot_be_used_is_set_aside_with_the_reason_and_both_owners(site: Path) -> None:
+    done = run(site, "-m", "fuser", "passes")
+    assert "toy-missing of toy-passes cannot be used: AttributeError" in done.stderr
+    assert "fold-batch-norm of toy-passes cannot be used: the name is taken by graph-fuser" in done.stderr
+    refused = run(site, "-m", "fuser", "optimize", "x.onnx", "--passes", "toy-missing")
+    assert refused.returncode == 2
+    assert "the pass 'toy-missing' of toy-passes cannot be used" in refused.stderr
+
+
+def test_it_runs_on_onnx(site: Path, net: Path) -> None:
+    done = run(site, "-m", "fuser", "optimize", net, "--passes", GOOD)
+    assert done.returncode == 0, done.stderr
+    assert op_types(onnx.load(net.with_name("net.fused.onnx")).graph) == ["Conv", "Relu", "Conv"]
+
+
+def test_it_runs_on_torch(site: Path) -> None:
+    script = """
+import torch, fuser
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3)
+    def forward(self, x):
+        return self.conv(x) * 1.0
+for options in ({}, {"example_inputs": (torch.randn(1, 3, 8, 8),)}):
+    report = fuser.optimize(Net().eval(), passes=["toy-erase-neutral"], **options).report
+    assert [r.pass_name for r in report.applied] == ["toy-erase-neutral"], report
+"""
+    done = run(site, "-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_wrong_pass_is_rolled_back_and_named_and_the_good_rewrites_are_kept(site: Path, net: Path) -> None:
+    done = run(site, "-m", "fuser", "optimize", net, "--passes", "toy-erase-neutral,toy-stale-weight,fold-batch-norm")
+    assert done.returncode == 0, done.stderr
+    assert "toy-stale-weight @ bn_b was left out" in done.stdout
+    assert "toy-stale-weight @ bn_y was left out" in done.stdout
+    assert op_types(onnx.load(net.with_name("net.fused.onnx")).graph) == ["Conv", "Relu", "Conv"]
+
+
+def test_on_failure_abort_writes_nothing_and_exits_1(site: Path, net: Path) -> None:
+    before = sorted(os.listdir(net.parent))
+    done = run(site, "-m", "fuser", "optimize", net, "--passes", "toy-stale-weight", "--on-failure", "abort")
+    assert done.returncode == 1
+    assert "not equivalent to the original" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert sorted(os.listdir(net.parent)) == before
+
+
+def test_a_pass_that_raises_is_set_aside_and_the_others_go_on(site: Path, net: Path) -> None:
+    done = run(site, "-m", "fuser", "optimize", net, "--passes", f"toy-raises,{GOOD}")
+    assert done.returncode == 0, done.stderr
+    assert "warning: toy-raises failed at conv_c: LinAlgError" in done.stdout
+    assert op_types(onnx.load(net.with_name("net.fused.onnx")).graph) == ["Conv", "Relu", "Conv"]
