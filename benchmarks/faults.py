@@ -369,7 +369,7 @@ def is_fault(before: ModelProto, after: ModelProto, roundoff: float) -> bool:
         for path, model in zip(paths, (before, after), strict=True):
             onnx.save(model, path)
         sets = list(_unseen_inputs(paths[0]))
-        truth, *nudged = evaluate(paths[0], sets, [None, 11, 12, 13])
+        truth, *nudged = evaluate(paths[0], sets, [None, 11, 12])
         (broken,) = evaluate(paths[1], sets, [None])
     for index, right in enumerate(truth):
         assert not isinstance(right, Failure), right
@@ -393,7 +393,7 @@ def _unseen_inputs(path: str) -> Iterator[dict[str, Any]]:
         for dim in spec.dims or []:
             if isinstance(dim, str):
                 sizes.setdefault(dim, 1)
-    for seed, kind in ((901, "normal"), (902, "normal"), (903, "unit"), (904, "negative")):
+    for seed, kind in ((901, "normal"), (902, "unit"), (903, "negative")):
         made = generate(specs, sizes, kind, seed)
         yield {spec.name: value for spec, value in zip(specs, made.values, strict=True)}
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fuser.api import Result, explain, list_passes, optimize
+    from fuser.api import Result, bisect, explain, list_passes, optimize
     from fuser.bench import benchmark
     from fuser.errors import FuserError, InputError, PassError, VerificationError
     from fuser.proof import Verification, verify
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "bisect": "fuser.api",
     "optimize": "fuser.api",
     "explain": "fuser.api",
     "list_passes": "fuser.api",
@@ -44,6 +45,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "benchmark",
+    "bisect",
     "explain",
     "list_passes",
     "optimize",

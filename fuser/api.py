@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from fuser import registry
 from fuser.errors import InputError
-from fuser.job import Job, Passes, Progress
+from fuser.job import Check, Job, Passes, Progress
 from fuser.registry import PassInfo
+from fuser.remarks import Remark
 from fuser.report import Report
 from fuser.rewrite import Contract
-from fuser.sources import open_source
+from fuser.sources import Source, open_source
 
 if TYPE_CHECKING:
     from fuser.files.save import Layout
@@ -92,24 +93,11 @@ def optimize(
         layout=layout,
     )
 
-    def check(candidate: Any, contract: Contract) -> Verification:
-        from fuser import proof
-
-        return proof.verify(
-            source.original,
-            candidate,
-            example_inputs=example_inputs,
-            example_kwargs=example_kwargs,
-            inputs=inputs,
-            input_shapes=input_shapes,
-            contract=contract.value,
-            removed_inputs=source.removable_inputs,
-        )
-
     with source:
         job = Job(source, chosen, progress)
         job.rewrite()
         if verify:
+            check = _check(source, example_inputs, example_kwargs, inputs, input_shapes)
             job.prove(check, abort=on_failure == "abort")
         return Result(job.finish(), job.report)
 
@@ -143,6 +131,38 @@ def explain(
         return job.report
 
 
+def bisect(
+    model: Any,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    passes: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    freeze_inputs: bool = False,
+    shared_weights: str = "copy",
+    inputs: Any = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    progress: Progress | None = None,
+) -> Remark | None:
+    """The first rewrite after which `model` is no longer equivalent to itself; None where all are right.
+
+    Takes the arguments of `optimize`, and raises `InputError` and `PassError` as it does; writes nothing.
+    """
+    chosen = _select(passes, skip, shared_weights)
+    source = open_source(
+        model,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
+        dynamic_shapes=dynamic_shapes,
+        freeze_inputs=freeze_inputs,
+    )
+    with source:
+        job = Job(source, chosen, progress)
+        job.rewrite()
+        return job.first_wrong(_check(source, example_inputs, example_kwargs, inputs, input_shapes))
+
+
 def list_passes() -> list[PassInfo]:
     """The registered passes, in the order in which they run."""
     return list(registry.load().passes)
@@ -153,6 +173,32 @@ def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: s
     if isinstance(passes, str) or isinstance(skip, str):
         raise InputError("passes and skip are lists of names")
     return registry.load().select(passes, skip, shared_weights=shared_weights)
+
+
+def _check(
+    source: Source,
+    example_inputs: Sequence[Any] | None,
+    example_kwargs: Mapping[str, Any] | None,
+    inputs: Any,
+    input_shapes: Mapping[str, Sequence[int]] | None,
+) -> Check:
+    """How a rewritten model compares with the source's original."""
+
+    def check(candidate: Any, contract: Contract) -> Verification:
+        from fuser import proof
+
+        return proof.verify(
+            source.original,
+            candidate,
+            example_inputs=example_inputs,
+            example_kwargs=example_kwargs,
+            inputs=inputs,
+            input_shapes=input_shapes,
+            contract=contract.value,
+            removed_inputs=source.removable_inputs,
+        )
+
+    return check
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -93,7 +93,7 @@ def optimize(
                 on_failure=on_failure,
                 input_shapes=_shapes(input_shape),
                 inputs=inputs,
-                layout=layout,
+                layout=layout,  # type: ignore[arg-type]  # checked there
                 **common,
             ).report
     if report is not None:
@@ -162,6 +162,97 @@ def verify(
     else:
         out.print(found.render())
     raise typer.Exit({"equivalent": 0, "unverifiable": 2}.get(found.verdict, 1))
+
+
+@app.command()
+def bisect(
+    model: In,
+    other: Annotated[Path | None, typer.Argument(metavar="[B]", help="A model made from IN by another tool.")] = None,
+    passes: Passes = None,
+    skip: Skip = None,
+    freeze_inputs: Freeze = False,
+    input_shape: InputShape = None,
+    inputs: Inputs = None,
+) -> None:
+    """Find where a model goes wrong: the first wrong rewrite of IN, or the first tensor in which B differs from IN."""
+    from fuser import api
+
+    with _progress(quiet=False) as progress:
+        if other is not None:
+            from fuser.proof.bisect import first_difference
+
+            found: Any = first_difference(model, other, inputs=inputs, input_shapes=_shapes(input_shape))
+        else:
+            found = api.bisect(
+                model,
+                passes=_names(passes),
+                skip=_names(skip) or (),
+                freeze_inputs=freeze_inputs,
+                inputs=inputs,
+                input_shapes=_shapes(input_shape),
+                progress=progress,
+            )
+    if found is None:
+        print("no difference was found" if other else "every rewrite keeps the model equivalent")
+        return
+    print(f"first difference: {found}" if other else f"first wrong rewrite: {found}")
+    raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    before: Annotated[Path, typer.Argument(metavar="A", help="An .onnx file, or .pt2 of torch.export.")],
+    after: Annotated[Path | None, typer.Argument(metavar="[B]", help="What A is compared with.")] = None,
+    device: Annotated[str, typer.Option("--device", metavar="cpu|cuda")] = "cpu",
+    arms: Annotated[
+        str | None, typer.Option("--arms", metavar="A,B", help="Only these ways to run the models.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option("--threads", help="Default: the cores this process may use.")] = None,
+    batch: Annotated[int | None, typer.Option("--batch", help="The size of the first axis.")] = None,
+    input_shape: InputShape = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", metavar="fp32|fp16|bf16", help="For torch models.")] = None,
+    seconds: Annotated[float, typer.Option("--seconds", help="How long each arm is measured.")] = 10.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the inputs and of the order of the rounds.")] = 0,
+    profile: Annotated[bool, typer.Option("--profile", help="Also the operators that take the time.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Raw samples and environment.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="The distributions, .png or .svg.")
+    ] = None,
+    fail_if_slower: Annotated[
+        float | None, typer.Option("--fail-if-slower", metavar="PERCENT", help="Exit 1 when B is slower than that.")
+    ] = None,
+) -> None:
+    """Measure the latency of A, or of A against B: faster, slower, no measurable change or inconclusive."""
+    import json as encoder
+
+    from fuser.bench import benchmark
+
+    _writable(json)
+    _writable(plot)
+    if fail_if_slower is not None and after is None:
+        raise InputError("--fail-if-slower compares two models; give A and B")
+    with _progress(quiet=False) as progress:
+        result = benchmark(
+            before,
+            after,
+            device=device,
+            threads=threads,
+            batch=batch,
+            input_shapes=_shapes(input_shape),
+            dtype=dtype,
+            seconds=seconds,
+            seed=seed,
+            arms=_names(arms),
+            profile=profile,
+            progress=progress or (lambda stage: None),
+        )
+    out.print(result.render())
+    if json is not None:
+        json.write_text(encoder.dumps(result.to_dict(), indent=2, default=str))
+    if plot is not None:
+        result.plot(plot)
+    if fail_if_slower is not None and result.slower_than(fail_if_slower):
+        raise typer.Exit(1)
 
 
 @app.command("passes")

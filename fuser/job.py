@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from fuser import pipeline
 from fuser.errors import InputError, PassError, VerificationError
 from fuser.pipeline import Rewrite
+from fuser.remarks import Remark
 from fuser.report import Report
 from fuser.rewrite import Contract, RewritePass
 from fuser.sources import Candidate, Source
@@ -84,6 +85,25 @@ class Job:
             else:
                 self._conclude(verification)
 
+    def first_wrong(self, check: Check) -> Remark | None:
+        """The first rewrite after which the model is no longer equivalent; None where it is to the end.
+
+        Found by bisection over the number of rewrites that are admitted.
+        """
+        rewrites = self.report.applied
+
+        def is_wrong(count: int) -> bool:
+            _, candidate = self._attempt(self._passes, NOTHING, stop_after=count)
+            return check(candidate.model, Contract.ROUNDING).verdict in ("different", "incompatible")
+
+        right, wrong = 0, len(rewrites)
+        if not rewrites or not is_wrong(wrong):
+            return None
+        while wrong - right > 1:
+            middle = (right + wrong) // 2
+            right, wrong = (right, middle) if is_wrong(middle) else (middle, wrong)
+        return rewrites[wrong - 1]
+
     def finish(self) -> Any:
         """Write what is to be written; the result as the user gets it."""
         assert self._candidate is not None
@@ -104,14 +124,18 @@ class Job:
 
     # -- attempts
 
-    def _attempt(self, passes: Passes, left_out: frozenset[Rewrite]) -> tuple[Report, Candidate]:
+    def _attempt(
+        self, passes: Passes, left_out: frozenset[Rewrite], stop_after: int | None = None
+    ) -> tuple[Report, Candidate]:
         story = Report(self._source.name)
         with _no_collector():
             with self.stage("read"):
                 graph = self._source.graph()
             story.host, story.before = graph.host, graph.summary()
             with self.stage("passes"):
-                outcome = pipeline.run(graph, passes, leave_out=left_out, progress=self._progress)
+                outcome = pipeline.run(
+                    graph, passes, leave_out=left_out, stop_after=stop_after, progress=self._progress
+                )
             story.after = graph.summary()
         story.take(outcome)
         return story, self._source.candidate(graph)

@@ -108,6 +108,7 @@ class ModelFile:
         Its external data, if it has any, is looked for in `base_dir`.  Raises `InputError` for a tensor that does
         not fill its shape.
         """
+        _check_locations(proto.graph.initializer)
         slim = onnx.ModelProto()
         sources: dict[str, Source] = {}
         _copy(proto, slim, "graph")
@@ -124,7 +125,6 @@ class ModelFile:
             _copy(tensor, new, "raw_data")
             _refer(new, location, 0, source.size)
         data = DataFiles([] if base_dir is None else [Path(os.path.abspath(base_dir))])
-        _check_locations(proto.graph.initializer)
         is_external = any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in proto.graph.initializer)
         model = cls(slim, b"", sources=sources, data=data, is_external=is_external)
         model._original = model.serialized()

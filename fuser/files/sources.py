@@ -13,6 +13,7 @@ import onnx
 
 from fuser.errors import InputError
 from fuser.files.tensors import Bytes
+from fuser.files.wire import HEADER
 
 WINDOW = 64 * 1024  # what one look into a file reads
 
@@ -118,7 +119,7 @@ class File:
             raise InputError(f"cannot read {self.path}: {error.strerror}") from None
 
     def window(self, position: int) -> tuple[bytes, int]:
-        if not self._base <= position <= self._base + len(self._window) - 20:
+        if not self._base <= position <= self._base + len(self._window) - HEADER:
             self._window = self._pread(position, min(position + WINDOW, self.size))
             self._base = position
         return self._window, self._base

@@ -165,6 +165,8 @@ class TorchGraph:
         tensor: TensorLike | None = self._tensor(value)
         if tensor is None and isinstance(value, fx.Node):
             tensor = meta_tensor(value)
+            if tensor is None and self._constants.is_known(value):
+                tensor = self._computed(value)
         if tensor is None:
             return None
         return tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)

@@ -182,9 +182,10 @@ def is_private(value: fx.Node, reader: fx.Node, called: Called) -> bool:
     while len(value.users) == 1 and reader in value.users:
         if is_fresh(value, called(value)):
             return True
-        if written_operands(value, called(value)) != list(value.args[:1]):
+        written = written_operands(value, called(value))
+        if not written or written != list(value.args[:1]):
             return False
-        reader, value = value, value.all_input_nodes[0]  # `out += y` is the memory of `out`
+        reader, value = value, written[0]  # `out += y` is the memory of `out`
     return False
 
 

@@ -24,7 +24,7 @@ from fuser.proof.verification import Truth, Verification
 
 CONTRACTS = ("exact", "rounding")
 
-_SETS = ((0.3, 8), (1.0, 4), (5.0, 2))
+_SETS = ((0.3, 9), (1.0, 4), (5.0, 2))
 """(seconds that one load and run takes, at most; number of input sets); one set for what is slower still."""
 
 
@@ -90,6 +90,7 @@ class _Comparison:
         self._before, self._after, self._contract, self._seed = before, after, contract, seed
         self._result = Verification("equivalent", contract=contract)
         self._discarded = 0
+        self._light = True
 
     def run(self, inputs: Any) -> Verification:
         """Fill in the result."""
@@ -128,9 +129,13 @@ class _Comparison:
             sets = self._before.given(inputs)
         else:
             probe = self._before.probe(self._seed)
-            sets = self._before.more(probe.sizes, self._seed, _number_of_sets(probe.seconds))
+            number = _number_of_sets(probe.seconds)
+            self._light = number == _SETS[0][1]
+            sets = self._before.more(probe.sizes, self._seed, number)
         started = time.perf_counter()
         outcomes = self._before.runner.run([one.values for one in sets])
+        if isinstance(outcomes[0], Failure) and self._before.stand_in(outcomes[0]):
+            outcomes = self._before.runner.run([one.values for one in sets])
         seconds = time.perf_counter() - started
         good = [(one, out) for one, out in zip(sets, outcomes, strict=True) if not isinstance(out, Failure)]
         failures = [out for out in outcomes if isinstance(out, Failure)]
@@ -155,16 +160,16 @@ class _Comparison:
         """What is wrong with the candidates' outputs, in one line; empty when nothing is."""
         result = self._result
         exact = self._contract == "exact"
-        truths: list[Outcome] = [Failure("refused", "not needed")] * len(sets)
+        truths: list[Outcome] = [Failure("refused", "not asked for")] * len(sets)
         wide: list[Outcome] = list(truths)
         if isinstance(self._before.runner, Float64Runner):
             truths, wide = list(originals), candidates  # there is nothing else
         elif not exact:
             values = [one.values for one in sets]
             truths = self._before.runner.truth(values)[0]
-            # The second evaluation is for light models: it only sharpens what the first set has shown.
-            light = len(sets) if len(sets) >= _SETS[0][1] else 1
-            wide[:light] = self._after.runner.truth(values[:light])[0]
+            # Of heavy models the optimized one is evaluated once: it only sharpens what the truth alone shows.
+            number = len(sets) if self._light else 1
+            wide[:number] = self._after.runner.truth(values[:number])[0]
         problem, used = "", set()
         for index, one in enumerate(sets):
             outcomes = originals[index], candidates[index], truths[index], wide[index]

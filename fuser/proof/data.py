@@ -24,12 +24,12 @@ def given(inputs: Any, specs: Sequence[Spec]) -> list[InputSet]:
     if isinstance(inputs, (str, os.PathLike)):
         return _from_path(Path(inputs), specs)
     if isinstance(inputs, Mapping):
-        return [InputSet("given", _by_name(inputs, specs, "the inputs"))]
+        return [InputSet("given", _by_name(inputs, specs, "the given data"))]
     if isinstance(inputs, (list, tuple)):
         if inputs and all(isinstance(item, (Mapping, list, tuple, str, os.PathLike)) for item in inputs):
             return [one for item in inputs for one in given(item, specs)]
-        return [InputSet("given", _in_order(list(inputs), specs, "the inputs"))]
-    return [InputSet("given", _in_order([inputs], specs, "the inputs"))]
+        return [InputSet("given", _in_order(list(inputs), specs, "the given data"))]
+    return [InputSet("given", _in_order([inputs], specs, "the given data"))]
 
 
 def _from_path(path: Path, specs: Sequence[Spec]) -> list[InputSet]:

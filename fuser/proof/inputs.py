@@ -102,16 +102,18 @@ def base_sizes(specs: Sequence[Spec]) -> Iterator[dict[str, int]]:
 
 
 def more_sizes(specs: Sequence[Spec], base: Sizes) -> Iterator[dict[str, int]]:
-    """Other sizes once `base` is known to work: larger batches, all symbols unequal, sizes that are not round."""
+    """Other sizes once `base` is known to work: all symbols unequal, a larger batch, sizes that are not round."""
     batch = _batch_symbols(specs)
     rest = [symbol for symbol in base if symbol not in batch]
     if not base:
         return
-    yield {**base, **{symbol: 2 for symbol in base if symbol in batch}} if batch else dict.fromkeys(base, 2)
+    larger = len(rest) == 1  # with several, one of them may stay as it is
     yield {
-        **{symbol: 3 + 2 * index for index, symbol in enumerate(batch)},
-        **{symbol: base[symbol] * (2 + index) for index, symbol in enumerate(rest)},
+        **{symbol: 2 + index for index, symbol in enumerate(batch)},
+        **{symbol: base[symbol] * (1 + larger + index) for index, symbol in enumerate(rest)},
     }
+    if batch:
+        yield {**base, **dict.fromkeys(batch, 3)}
     if rest:
         yield {**base, **{symbol: base[symbol] + 1 + index for index, symbol in enumerate(rest)}}
 
@@ -231,6 +233,8 @@ _OPERATORS: dict[type[ast.operator], Any] = {
 
 def _parsed(dim: str) -> ast.expr | None:
     """The expression a dimension is, or None for a mere name (`unk__132`, `?`, `past-length`)."""
+    if "-" in dim and " - " not in dim:
+        return None
     try:
         tree = ast.parse(dim, mode="eval").body
     except (SyntaxError, ValueError, RecursionError):

@@ -77,7 +77,8 @@ class OnnxRunner:
         return answer
 
     def _feeds(self, values: Feeds) -> dict[str, Any]:
-        return {n: value for n, value in zip(self._names, values, strict=True) if n is not None and value is not None}
+        pairs = zip(self._names, values, strict=False)  # what is beyond the values has a default
+        return {name: value for name, value in pairs if name is not None and value is not None}
 
     def _each(self, feeds: list[dict[str, Any]], optimize: bool, first: bool) -> list[Outcome]:
         """All sets in one call; where the child dies of one of them, each in a call of its own."""

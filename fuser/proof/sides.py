@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,6 +25,11 @@ from fuser.proof.outcome import Failure
 from fuser.proof.runners import Float64Runner, OnnxRunner, Runner, as_path
 
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
+
+_OVERRIDING = 4
+"""The IR version from which on an initializer that is also an input may be overridden."""
+_MOST_OVERRIDDEN = 1 << 24
+"""Elements, at most, that are given in place of defaults."""
 
 
 @dataclass
@@ -70,6 +76,10 @@ class Side(Protocol):
         """`number` input sets of several kinds and sizes."""
         ...
 
+    def stand_in(self, failure: Failure) -> bool:
+        """Whether `runner` has been replaced, because the runtime cannot run the model at all."""
+        ...
+
     def is_finite(self, outputs: list[Any]) -> bool:
         """Whether outputs are free of NaN and infinity."""
         ...
@@ -94,8 +104,10 @@ class OnnxSide:
         graph = model.proto.graph
         self.model, self.path = model, path
         self.input_names = [value.name for value in public_inputs(graph)]
+        self.default_names = [value.name for value in graph.input if value.name not in set(self.input_names)]
+        self._overridable: list[str] = []
         self.output_names = [value.name for value in graph.output]
-        self.runner: Runner = OnnxRunner(path, self.input_names, worker, timeout)
+        self.runner: Runner = OnnxRunner(path, [*self.input_names, *self.default_names], worker, timeout)
         self._dtypes = {
             value.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
             for value in graph.output
@@ -127,14 +139,17 @@ class OnnxSide:
         return "" if theirs == mine else f"it has {theirs} inputs instead of {mine}"
 
     def _pair(self, after: OnnxSide) -> str:
-        theirs = set(after.input_names)
-        if not set(self.input_names) <= theirs and len(theirs) == len(self.input_names):
+        required = set(after.input_names)
+        if not set(self.input_names) <= required and len(required) == len(self.input_names):
             return ""  # renamed: the interface says so, and the order tells which is which
-        if unknown := [name for name in after.input_names if name not in self.input_names]:
-            return f"it needs an input {unknown[0]!r} that the original does not have"
-        after.runner = OnnxRunner(
-            after.path, [name if name in theirs else None for name in self.input_names], self._worker, self._timeout
-        )
+        mine = [*self.input_names, *self.default_names]
+        if unknown := required - set(mine):
+            return f"it needs an input {min(unknown)!r} that the original does not have"
+        theirs = required | set(after.default_names)
+        names = [name if name in theirs else None for name in mine]
+        after.runner = OnnxRunner(after.path, names, self._worker, self._timeout)
+        if self.model.proto.ir_version >= _OVERRIDING and not required & set(self.default_names):
+            self._overridable = [name for name in self.default_names if name in theirs and name not in self._removed]
         return ""
 
     def paired(self, after: Any, outputs: list[Any]) -> list[Any]:
@@ -160,10 +175,16 @@ class OnnxSide:
                 self._specs = specs
                 return Probe(candidates[len(outcomes) - 1], seconds)
             failure = outcomes[-1]
-            if failure.kind != "refused" and not isinstance(self.runner, Float64Runner):
-                self.runner = Float64Runner(self.runner, str(failure))
+            if self.stand_in(failure):
                 return self.probe(seed)
         raise inputs.refused(self.specs, str(failure))
+
+    def stand_in(self, failure: Failure) -> bool:
+        """See `Side.stand_in`."""
+        if failure.kind == "refused" or isinstance(self.runner, Float64Runner):
+            return False
+        self.runner = Float64Runner(self.runner, str(failure))
+        return True
 
     def _attempts(self) -> Iterator[tuple[list[Spec], list[Sizes]]]:
         """Specs and sizes to try: the likeliest alone, then the others together."""
@@ -176,15 +197,29 @@ class OnnxSide:
                 yield specs, sizes[1:]
 
     def more(self, sizes: Sizes, seed: int, number: int) -> list[InputSet]:
-        """See `Side.more`: every kind once, sizes in turn."""
-        every = [sizes, *islice(inputs.more_sizes(self.specs, sizes), 3)]
-        plan = [(every[0], "normal")]
-        plan += [(other, "normal") for other in every[1:]]
-        plan += [(sizes, kind) for kind in inputs.KINDS[1:]]
-        if number < len(plan):  # the most telling first
-            plan = [plan[0], *plan[2:3], (sizes, "large"), *plan[1:2], (sizes, "unit"), (sizes, "zeros"), *plan[3:]]
-        chosen = enumerate(plan[:number])
-        return [inputs.generate(self.specs, which, kind, seed + index) for index, (which, kind) in chosen]
+        """See `Side.more`: the most telling first; other sizes and other kinds in turn."""
+        others = [(other, "normal") for other in inputs.more_sizes(self.specs, sizes)]
+        kinds = [(sizes, kind) for kind in inputs.KINDS[1:]] if self.specs else []
+        turns = [one for pair in zip_longest(others, kinds) for one in pair if one]
+        plan = enumerate([(sizes, "normal"), *turns][:number])
+        sets = [inputs.generate(self.specs, which, kind, seed + index) for index, (which, kind) in plan]
+        return [*sets, *self._overriding(sets[0], seed)]
+
+    def _overriding(self, one: InputSet, seed: int) -> Iterator[InputSet]:
+        """The same inputs with other values for those that have a default: a caller may give them."""
+        tensors = {tensor.name: tensor for tensor in self.model.proto.graph.initializer}
+        changed = [tensors[name] for name in self._overridable if name in tensors]
+        if not changed or sum(math.prod(tensor.dims) for tensor in changed) > _MOST_OVERRIDDEN:
+            return
+        rng = np.random.default_rng(seed)
+        values: dict[str, Any] = {}
+        for tensor in changed:
+            default = self.model.array(tensor)
+            if is_float(default.dtype):  # integers may be shapes
+                values[tensor.name] = (default * rng.uniform(1, 1.5, default.shape)).astype(default.dtype)
+        if values:
+            given = tuple(values.get(name) for name in self.default_names)
+            yield InputSet(f"{one.label}, other values for inputs with a default", (*one.values, *given))
 
     def is_finite(self, outputs: list[Any]) -> bool:
         """See `Side.is_finite`."""

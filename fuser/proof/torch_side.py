@@ -147,6 +147,10 @@ class TorchSide:
         sets += [inputs.vary(self.arguments.examples, kind, seed + index) for index, kind in enumerate(order)]
         return sets[: max(number, 2)]
 
+    def stand_in(self, failure: Failure) -> bool:
+        """See `Side.stand_in`: torch runs every module it knows."""
+        return False
+
     def is_finite(self, outputs: list[Any]) -> bool:
         """See `Side.is_finite`."""
         return finite(outputs)
