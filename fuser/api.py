@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fuser import registry
 from fuser.errors import InputError
@@ -50,7 +50,7 @@ def optimize(
     skip: Iterable[str] = (),
     freeze_inputs: bool = False,
     shared_weights: str = "copy",
-    verify: bool = True,
+    verify: bool | Literal["whole"] = True,
     on_failure: str = "rollback",
     inputs: Any = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -69,7 +69,8 @@ def optimize(
         freeze_inputs: treat initializers that are also graph inputs as constants, and drop those inputs.
         shared_weights: "copy" gives a rewritten layer its own copy of a weight that others use, "refuse" leaves
             such layers alone.
-        verify: check the result against the original; what fails is never returned or written.
+        verify: check the result against the original; what fails is never returned or written.  Models with more
+            than 512 MB of constants are run for that only with "whole"; each of their rewrites is checked by itself.
         on_failure: "rollback" finds the rewrites at fault, leaves them out and keeps the rest; "abort" raises.
         inputs, input_shapes: data or shapes for the check; by default they are generated.
         layout: "auto", "single" (weights inside the file) or "external" (beside it).
@@ -98,7 +99,7 @@ def optimize(
         job.rewrite()
         if verify:
             check = _check(source, example_inputs, example_kwargs, inputs, input_shapes)
-            job.prove(check, abort=on_failure == "abort")
+            job.prove(check, abort=on_failure == "abort", whole=verify == "whole")
         return Result(job.finish(), job.report)
 
 

@@ -49,6 +49,9 @@ Inputs = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="The whole story as JSON.")]
 
 
+_VERIFY: dict[str, Any] = {"auto": True, "whole": "whole", "none": False}
+
+
 @app.command()
 def optimize(
     model: In,
@@ -58,7 +61,10 @@ def optimize(
     freeze_inputs: Freeze = False,
     shared_weights: Shared = "copy",
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; write nothing.")] = False,
-    verify: Annotated[bool, typer.Option("--verify/--no-verify", help="Check equivalence before writing.")] = True,
+    verify: Annotated[
+        str, typer.Option("--verify", metavar="auto|whole|none", help="Check before writing; whole: also over 512 MB.")
+    ] = "auto",
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="The same as --verify=none.")] = False,
     on_failure: Annotated[
         str, typer.Option("--on-failure", metavar="rollback|abort", help="When the result is not equivalent.")
     ] = "rollback",
@@ -75,6 +81,8 @@ def optimize(
     from fuser import api
 
     _writable(report)
+    if verify not in _VERIFY:
+        raise InputError(f"--verify takes auto, whole or none, not {verify!r}")
     with _progress(quiet) as progress:
         common: dict[str, Any] = {
             "passes": _names(passes),
@@ -89,7 +97,7 @@ def optimize(
             story = api.optimize(
                 model,
                 output,
-                verify=verify,
+                verify=False if no_verify else _VERIFY[verify],
                 on_failure=on_failure,
                 input_shapes=_shapes(input_shape),
                 inputs=inputs,

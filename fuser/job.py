@@ -26,6 +26,9 @@ Check: TypeAlias = Callable[[Any, Contract], "Verification"]
 
 NOTHING: frozenset[Rewrite] = frozenset()
 
+LARGE = 512 * 2**20
+"""From how many bytes of constants on the whole model is not run unless asked for."""
+
 UNVERIFIABLE = "unverifiable"
 """The verdict on a model that cannot be run here; it says nothing against the rewrites."""
 
@@ -57,16 +60,24 @@ class Job:
                 self._passes = [p for p in self._passes if p.name != error.pass_name]
                 self.report.warnings.append(f"{error}; the pass was set aside")
 
-    def prove(self, check: Check, *, abort: bool) -> None:
+    def prove(self, check: Check, *, abort: bool, whole: bool) -> None:
         """Hold each pass to its contract, leave out the rewrites that break it, and keep the rest.
 
-        All together are judged against the truth; the exact passes alone have to be equal bit for bit.
+        All together are judged against the truth; the exact passes alone have to be equal bit for bit.  A model
+        with more than LARGE bytes of constants is only run when `whole` is set: in float64 it would take several
+        times its size in memory, and each rewrite was checked on a window before it was accepted.
 
         Raises `VerificationError` when a check fails and `abort` is set, or no rewrite is to blame.
         """
         applied = {run.contract for run in self.report.passes if run.applied}
         if not applied and not self._source.removable_inputs:
             self.report.unverified = "nothing was changed, so there is nothing to check"
+            return
+        if self.report.before.bytes > LARGE and not whole:
+            self.report.unverified = (
+                f"the constants take {self.report.before.bytes / 1e9:.1f} GB, and to run the whole model would take "
+                "several times that; each rewrite was checked on a window of its own (--verify=whole runs it)"
+            )
             return
         contract = Contract.EXACT if applied == {Contract.EXACT.value} else Contract.ROUNDING
         with self.stage("verify"):

@@ -52,6 +52,10 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
     contract: ClassVar[Contract] = Contract.ROUNDING
     hosts: ClassVar[tuple[str, ...]] = ("onnx", "torch")
 
+    def concerns(self, graph: Graph, op: RootT) -> bool:
+        """Whether `op` is a candidate at all.  What is none gets no remark: nobody expected a rewrite there."""
+        return True
+
     @abstractmethod
     def match(self, graph: Graph, op: RootT) -> MatchT | Missed:
         """Look, never touch.  Guards first, the cheapest first."""
@@ -61,7 +65,7 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
         """Edit through `graph` only; cannot decline, `match` agreed.  Returns what was done, for a person."""
 
     def run(self, graph: Graph, admit: Admit = admit_all) -> list[Remark]:
-        """Visit every candidate once: exactly one remark for each op of the kind `root`.
+        """Visit every candidate once: exactly one remark for each op of the kind `root` that the pass concerns.
 
         Raises `PassError` when the pass breaks this contract or fails.
         """
@@ -69,6 +73,8 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
         for op in graph.ops(self.root):
             site = graph.describe(op)
             try:
+                if not self.concerns(graph, op):  # type: ignore[arg-type]
+                    continue
                 remarks.append(self._visit(graph, op, site, admit))
             except PassError:
                 raise
