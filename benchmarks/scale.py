@@ -38,14 +38,20 @@ print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 
 """
 
 TOOLS = {
-    "fuser": ("import fuser.api, fuser.files, fuser.graphs.onnx", "fuser.optimize({source!r}, {target!r}, verify=False)"),
+    "fuser": (
+        "import fuser.api, fuser.files, fuser.graphs.onnx",
+        "fuser.optimize({source!r}, {target!r}, verify=False)",
+    ),
     "onnxslim": ("import onnxslim", "onnxslim.slim({source!r}, {target!r})"),
     "onnxsim": ("import onnx, onnxsim", "onnx.save(onnxsim.simplify(onnx.load({source!r}))[0], {target!r})"),
     "onnxscript": (
         "import onnx, onnxscript.optimizer",
         "onnx.save(onnxscript.optimizer.optimize(onnx.load({source!r})), {target!r})",
     ),
-    "onnxoptimizer": ("import onnx, onnxoptimizer", "onnx.save(onnxoptimizer.optimize(onnx.load({source!r})), {target!r})"),
+    "onnxoptimizer": (
+        "import onnx, onnxoptimizer",
+        "onnx.save(onnxoptimizer.optimize(onnx.load({source!r})), {target!r})",
+    ),
     "onnxruntime": (
         "import onnxruntime as ort\n"
         "options = ort.SessionOptions()\n"

@@ -140,9 +140,7 @@ CASES: dict[str, Case] = {
     "no-affine": Case(after(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, affine=False)), (2, 4, 8, 8), {"applied": 1}),
     "large-epsilon": Case(after(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6, eps=0.5)), (2, 4, 8, 8), {"applied": 1}),
     "linear": Case(after(nn.Linear(4, 6), nn.BatchNorm1d(6)), (3, 4), {"applied": 1}, UNKNOWN_RANK),
-    "linear-no-bias": Case(
-        after(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6)), (3, 4), {"applied": 1}, UNKNOWN_RANK
-    ),
+    "linear-no-bias": Case(after(nn.Linear(4, 6, bias=False), nn.BatchNorm1d(6)), (3, 4), {"applied": 1}, UNKNOWN_RANK),
     "two-norms": Case(
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.BatchNorm2d(6)), (2, 4, 8, 8), {"applied": 2}
     ),

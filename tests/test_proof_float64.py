@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ CONVS = [
     {"x": (2, 6, 9, 8), "w": (4, 6, 3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2)},
     {"x": (1, 6, 9, 8), "w": (4, 3, 3, 3), "groups": 2},
     {"x": (1, 6, 9, 8), "w": (12, 1, 3, 3), "groups": 6, "padding": 1},
-    {"x": (1, 40, 7, 7), "w": (5, 40, 3, 3), "padding": 2},  # wide enough for one product per tap
+    {"x": (1, 40, 7, 7), "w": (5, 40, 3, 3), "padding": 2},
     {"x": (1, 3, 5, 6, 7), "w": (4, 3, 2, 3, 1), "stride": (1, 2, 3)},
 ]
 
@@ -91,6 +92,15 @@ def test_convolution(case: dict[str, Any], tmp_path: Path) -> None:
     op = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
     (y,) = run(tmp_path, one_node("Conv", x, w, b, **attributes_of(case)), x)
     close(y, op(double(x), double(w), double(b), **options_of(case)))
+
+
+def test_a_convolution_too_large_to_gather(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuser.proof.float64_ops._GATHERED", 0)
+    for case in CONVS:
+        x, w = normal(*case["x"]), normal(*case["w"])
+        op = (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3]
+        (y,) = run(tmp_path, one_node("Conv", x, w, **attributes_of(case)), x)
+        close(y, op(double(x), double(w), **options_of(case)))
 
 
 @pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
@@ -158,7 +168,7 @@ def test_pooling_gives_indices_and_pools_integers(tmp_path: Path) -> None:
     small = RNG.integers(-100, 100, (1, 1, 4), dtype=np.int8)
     (y,) = run(tmp_path, one_node("MaxPool", small, kernel_shape=[2], pads=[1, 1]), small)
     padded = [-128, *small[0, 0].tolist(), -128]
-    assert y.dtype == np.int8 and y[0, 0].tolist() == [max(pair) for pair in zip(padded, padded[1:], strict=False)]
+    assert y.dtype == np.int8 and y[0, 0].tolist() == [max(pair) for pair in itertools.pairwise(padded)]
 
 
 @pytest.mark.parametrize("opset", [7, 9, 13, 14, 15])
@@ -236,7 +246,9 @@ def test_subgraphs_and_functions_are_evaluated_in_float64_too(tmp_path: Path) ->
         g (float[2] x, bool up) => (float[2] y, float[2] z)
         <float[2] third = {0.33333333, 0.66666667}> {
             y = If (up) <
-                then_branch = g1 () => (float[2] a) { tenth = Constant <value = float[2] {0.1, 0.2}> ()  a = Mul (x, tenth) },
+                then_branch = g1 () => (float[2] a) {
+                    tenth = Constant <value = float[2] {0.1, 0.2}> ()
+                    a = Mul (x, tenth) },
                 else_branch = g2 () => (float[2] b) { h = Cast <to = 10> (third)  b = Mul (x, h) } >
             z = local.twice (y)
         }

@@ -318,6 +318,42 @@ def test_an_input_does_not_become_an_output(host: type) -> None:
     assert sum(graph.summary().ops.values()) == 1
 
 
+def write_to_input(m: Any, x: Tensor) -> Tensor:
+    y = m.norm(m.conv(x).view(2, 4, 8, 8))
+    x = x * 1
+    z = m.norm(x)
+    x.add_(1)  # after the norm, before its reader
+    return m.conv(z) + x + y
+
+
+def write_to_copy(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    z = m.norm(y)
+    z.mul_(2)
+    return y + z
+
+
+def write_to_view(m: Any, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    z = m.norm(y)
+    z.permute(0, 2, 3, 1)[..., 0].zero_()
+    return y * z
+
+
+@both_forms
+@pytest.mark.parametrize("forward", [write_to_input, write_to_copy, write_to_view], ids=lambda f: f.__name__)
+def test_values_that_are_written_in_place_stay_apart(host: type, forward: Any) -> None:
+    net = Fn(forward, conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4, affine=False, eps=0))  # eval: the identity
+    graph = build(host, net, x := image())
+    expected = net(x.clone())
+    norms = list(graph.ops(ops.BatchNorm))
+    assert not graph.can_vanish(norms[-1], norms[-1].input)
+    for norm in graph.ops(ops.BatchNorm):
+        graph.replace(norm, by=norm.input)
+    same(finish(host, graph, x), expected)
+    assert not any("norm" in name.lower() for name in graph.summary().ops)
+
+
 @pytest.mark.parametrize("host", [Traced, Exported, Lifted], ids=lambda host: host.__name__)
 @pytest.mark.parametrize("view", [True, False])
 def test_a_view_gets_the_layout_that_it_needs(host: type, view: bool) -> None:

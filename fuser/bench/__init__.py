@@ -20,7 +20,7 @@ from fuser.bench import environment
 from fuser.bench.arms import Arm, select
 from fuser.bench.instance import Job
 from fuser.bench.result import ArmResult, Benchmark
-from fuser.bench.sampling import AFTER, AGAIN, BEFORE, Plan, profile_of, take
+from fuser.bench.sampling import AFTER, AGAIN, BEFORE, Plan, profile_of, take, worker_environment
 from fuser.bench.subject import Subjects, prepare
 from fuser.errors import FuserError, InputError
 
@@ -93,7 +93,7 @@ def benchmark(
             subjects.costs,
             subjects.input_shapes,
             [],
-            environment.describe(device, threads, seed),
+            {**environment.describe(device, threads, seed), "worker_environment": worker_environment()},
         )
         for arm in chosen:
             result.arms.append(ArmResult(arm, seed=seed))

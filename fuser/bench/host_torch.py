@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -80,7 +81,7 @@ def open_model(job: Job) -> TorchInstance:
     torch.set_num_threads(job.threads)
     dtype = job.settings.get("dtype")
     # A fresh copy lies elsewhere in memory, as it would in a fresh process, and `to` works in place.
-    model = _load(job.model) if isinstance(job.model, str) else copy.deepcopy(job.model)
+    model = _load(job.model) if isinstance(job.model, str) else _copied(job.model)
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
     if isinstance(model, torch.nn.Module) and (dtype or job.device != "cpu"):
@@ -92,6 +93,12 @@ def open_model(job: Job) -> TorchInstance:
 def forget() -> None:
     """Drop compiled code: dynamo counts the copies of a module against one limit."""
     torch._dynamo.reset()
+
+
+def _copied(model: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's, of how it copies its own graphs
+        return copy.deepcopy(model)
 
 
 def _load(path: str) -> Any:

@@ -199,7 +199,8 @@ def judge(change: Interval, same: Interval, launches: int) -> Verdict:
         reason = f"the same model differs from itself by {own:.1%}, and this is not clear of that"
         return Verdict(INCONCLUSIVE, reason, resolution)
     if max(band, change.reach) > COARSE:
-        reason = f"too noisy: only a change above {resolution:.0%} would be seen"
+        seen = f"only a change above {resolution:.0%}" if resolution < 1 else "not even a factor of two"
+        reason = f"too noisy: {seen} would be seen"
         return Verdict(INCONCLUSIVE, reason, resolution)
     return Verdict(NO_CHANGE, f"a change above {resolution:.1%} would be seen", resolution)
 

@@ -157,7 +157,7 @@ def _torch(models: Mapping[str, Any], folder: Path, args: tuple[Any, ...], kwarg
     for role, model in loaded.items():
         subjects.names[role] = _torch_name(models[role])
         subjects.costs[role] = of_torch(model, args, kwargs)
-    saved = {role: _saved(model, folder / role) for role, model in loaded.items()}
+    saved = {role: _saved(model, folder / role, args, kwargs) for role, model in loaded.items()}
     if all(saved.values()):
         torch.save((args, kwargs), folder / "inputs.pt")
         subjects.inputs = str(folder / "inputs.pt")
@@ -190,23 +190,30 @@ def _torch_name(model: Any) -> str:
     return Path(model).name if isinstance(model, (str, os.PathLike)) else type(model).__name__
 
 
-def _saved(model: Any, stem: Path) -> str | None:
-    """The path of a file that another process can load, or None where there is no such thing: pickles name
-    classes by where they are defined, and `__main__` is another module there."""
+def _saved(model: Any, stem: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """The path of a file that another process can load, or None where there is no such thing."""
     import torch
 
     try:
+        if _was_exported(model):  # it does not pickle, but exported anew it is the same graph
+            model = torch.export.export(model, args, kwargs)
         if isinstance(model, torch.export.ExportedProgram):
-            path = stem.with_suffix(".pt2")
-            torch.export.save(model, path)
-            return str(path)
+            torch.export.save(model, stem.with_suffix(".pt2"))
+            return str(stem.with_suffix(".pt2"))
         path = stem.with_suffix(".pt")
         torch.save(model, path)
+        # A pickle names classes by where they are defined, and `__main__` is another module there.
         with zipfile.ZipFile(path) as archive:
             pickled = next(name for name in archive.namelist() if name.endswith("data.pkl"))
             return None if b"__main__" in archive.read(pickled) else str(path)
     except Exception:  # whatever a stranger's pickling may raise
         return None
+
+
+def _was_exported(model: Any) -> bool:
+    """Whether this is the graph module of an exported program."""
+    hooks = getattr(model, "_forward_pre_hooks", {}).values()
+    return any(getattr(hook, "__name__", "") == "_check_input_constraints_pre_hook" for hook in hooks)
 
 
 def _torch_inputs(

@@ -178,12 +178,12 @@ class TorchGraph:
         return None if shape is None else len(shape)
 
     def can_vanish(self, op: Op, by: Value) -> bool:
-        """Not between an input (or constant) and an output, or two outputs: they would be the same object."""
+        """Not where two values that somebody can tell apart, or write into, would become the same object."""
         if not isinstance(by, fx.Node):
             return False
         if _is_output(op.output) and (by.op in ("placeholder", "get_attr") or _is_output(by)):
             return False
-        return self._relaid(op.output, by) is not None
+        return self._may_share(op.output, by) and self._relaid(op.output, by) is not None
 
     def describe(self, x: Op | Value) -> str:
         if isinstance(x, Op):
@@ -222,12 +222,6 @@ class TorchGraph:
         """Whether two values have the same type, device and layout in memory, as far as is proven."""
         x, y = meta_tensor(a), meta_tensor(b)
         return x is not None and y is not None and have_one_layout(x, y)
-
-    def is_replaceable(self, node: fx.Node, by: fx.Node) -> bool:
-        """Whether readers of `node` may read `by` instead, as far as writing in place is concerned."""
-        if self.is_private(by, node):
-            return True
-        return not (may_be_written(node, self._called) or may_be_written(by, self._called))
 
     def is_private(self, value: fx.Node, reader: fx.Node) -> bool:
         """Whether `value` is memory of its own that only `reader` sees."""
@@ -502,6 +496,12 @@ class TorchGraph:
         for node in made.values():
             self._constants.learn(node)
         return made[user.graph]
+
+    def _may_share(self, output: fx.Node, by: fx.Node) -> bool:
+        """Whether it makes no difference that writing into one of the two would be seen in the other."""
+        if self.is_private(by, output) or not is_fresh(output, self._called(output)):
+            return True
+        return not (may_be_written(output, self._called) or may_be_written(by, self._called))
 
     def _relaid(self, output: fx.Node, by: fx.Node) -> Values | None:
         """How other values are laid out if readers of `output` read `by`; None if some reader could not.

@@ -226,6 +226,11 @@ class ProgramCarrier:
                 yield from entry.signature.inputs
                 yield from entry.signature.outputs
 
+    def _has_nodes(self, path: str) -> bool:
+        """Whether something is left of the module at `path`; with nothing left its signature is void."""
+        stacks = (node.meta.get("nn_module_stack") or {} for node in self.module.graph.nodes)
+        return not path or any(path == frame[0] for stack in stacks for frame in stack.values())
+
     def tensors(self) -> Iterator[torch.Tensor]:
         yield from self._state.values()
         yield from (value for value in self._constants.values() if isinstance(value, torch.Tensor))
@@ -245,7 +250,7 @@ class ProgramCarrier:
             graph_signature=signature,
             state_dict=self._state,
             range_constraints=dict(program.range_constraints),
-            module_call_graph=self._calls,
+            module_call_graph=[entry for entry in self._calls if entry.signature is None or self._has_nodes(entry.fqn)],
             example_inputs=program.example_inputs,
             constants=self._constants,
             verifiers=program.verifiers,

@@ -195,9 +195,6 @@ def _elementwise(call: Call) -> ops.Op:
     if dtype is None:
         raise Unreadable
     operands = [value if isinstance(value, fx.Node) else Literal(value, dtype) for value in (left, right)]
-    variable = [value for value in operands if isinstance(value, fx.Node) and not call.graph.is_known(value)]
-    if len(variable) == 1 and not call.graph.is_replaceable(call.node, by=variable[0]):
-        raise Unreadable
     if call.writes_in_place and not call.graph.is_private(call.required("self"), call.node):
         raise Unreadable
     if call.name == "rsub":
@@ -227,9 +224,9 @@ def _slice(call: Call) -> ops.Op:
 
 
 def _copy(call: Call) -> ops.Op:
-    """A copy is the identity where nobody can tell: nothing is written to either, and the layout is the same."""
+    """A copy into the same layout; whether the two may be one is asked when it is replaced."""
     value = call.required("self")
-    if not call.graph.is_same_kind(call.node, value) or not call.graph.is_replaceable(call.node, by=value):
+    if not call.graph.is_same_kind(call.node, value):
         raise Unreadable
     return ops.Identity(call.node, call.node, value)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import fx, nn
 
 from fuser.errors import InputError
+from fuser.graphs.torch_carriers import attribute
 from fuser.graphs.torch_copy import Copier
 
 _HOOKS = (
@@ -38,21 +39,32 @@ class _Tracer(fx.Tracer):
 def trace(module: nn.Module) -> fx.GraphModule:
     """The module as a graph over copies of its submodules, which share the memory of its tensors.
 
-    A copy is traced because tracing writes: the tracer registers the constants it meets on the module.
+    Another copy is traced, because tracing writes: the tracer registers the constants that it meets, and the
+    module's own code may assign what it computes to its buffers.
 
     Raises `InputError` where the module cannot be traced.
     """
-    own = Copier().module(module)
+    own, stage = Copier().module(module), Copier().module(module)
     try:
-        graph = _graph(own)
+        graph = _graph(stage)
     except Exception as error:  # the user's own forward runs here
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"torch.fx cannot trace this {type(module).__name__} ({first}); "
             "give example_inputs so that torch.export can capture it"
         ) from error
+    for name, buffer in stage.named_buffers():
+        if isinstance(buffer, fx.Proxy):
+            raise InputError(
+                f"{type(module).__name__} assigns to its buffer {name!r} as it runs, which tracing would lose; "
+                "give example_inputs so that torch.export can capture it"
+            )
     graph._tracer_cls = fx.Tracer  # a saved result names its tracer, and must load without this package
-    traced = fx.GraphModule(own, graph, type(module).__name__)
+    targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
+    held = {target: attribute(own, target) for target in targets}
+    held.update({target: attribute(stage, target) for target, value in held.items() if value is None})
+    traced = fx.GraphModule(held, graph, type(module).__name__)
+    traced.training = own.training
     for path, child in traced.named_modules():
         child.training = own.get_submodule(path).training
     for name in _HOOKS:

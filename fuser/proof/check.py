@@ -102,9 +102,8 @@ class _Comparison:
         result.sets, result.discarded = [one.label for one in sets], self._discarded
         result.cost_ratio = seconds
         if isinstance(originals, Failure):
-            return self._conclude("unverifiable", f"the original cannot be run: {originals}")
-        if self._before.is_random and not self._repeats(sets[0], originals[0]):
-            return self._conclude("unverifiable", "the model draws random numbers, so no two runs are alike")
+            why = getattr(self._before.runner, "why", "the original cannot be run")
+            return self._conclude("unverifiable", f"{why}: {originals}")
         if isinstance(self._before.runner, Float64Runner):
             result.truth_note = self._before.runner.why
             self._after.runner = Float64Runner(self._after.runner, "")
@@ -113,6 +112,8 @@ class _Comparison:
             if isinstance(candidate, Failure):
                 return self._conclude("different", f"the optimized model fails for {one.label}: {candidate}")
         problem = self._judge(sets, originals, candidates)
+        if problem and self._before.is_random():
+            return self._conclude("unverifiable", f"the model draws random numbers, so outputs may differ: {problem}")
         if problem:
             return self._conclude("different", problem)
         if result.interface:
@@ -149,12 +150,6 @@ class _Comparison:
             self._discarded += len(good) - len(tame or good)
             good = tame or good
         return [one for one, _ in good], [out for _, out in good], seconds
-
-    def _repeats(self, one: InputSet, outputs: list[Any]) -> bool:
-        again = self._before.runner.run([one.values])[0]
-        return not isinstance(again, Failure) and all(
-            x.tobytes() == y.tobytes() for x, y in zip(_flat(again), _flat(outputs), strict=True)
-        )
 
     def _judge(self, sets: list[InputSet], originals: list[Any], candidates: list[Outcome]) -> str:
         """What is wrong with the candidates' outputs, in one line; empty when nothing is."""
@@ -199,7 +194,3 @@ def _worst(so_far: list[Figures], new: list[Figures]) -> list[Figures]:
         known[figures.name] = known[figures.name].worst(figures) if figures.name in known else figures
     return list(known.values())
 
-
-def _flat(outputs: list[Any]) -> list[Any]:
-    flat = (array for value in outputs for array in (value if isinstance(value, list) else [value]))
-    return [array for array in flat if array is not None]

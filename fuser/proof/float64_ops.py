@@ -18,8 +18,8 @@ from onnx.reference.op_run import OpRun
 Array = np.ndarray[Any, Any]
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-_COLUMNS = 256
-"""Convolutions with fewer terms to a channel gather their windows first: one product instead of many thin ones."""
+_GATHERED = 1 << 28
+"""Bytes that a convolution may use to gather its windows before it multiplies."""
 ROUNDING_CASTS = _FLOATS - {onnx.TensorProto.DOUBLE}
 """Types to which a Cast would round, and does not in float64."""
 _EVERY = (slice(None), slice(None))
@@ -127,7 +127,8 @@ class ConvTranspose(OpRun):
         split = x.reshape(x.shape[0], groups, -1, math.prod(x.shape[2:]))
         taps = w.reshape(groups, -1, per_group, *w.shape[2:])
         for offset in itertools.product(*(range(k) for k in w.shape[2:])):
-            spread = np.matmul(taps[(slice(None),) * 3 + offset].swapaxes(1, 2), split)
+            tap = np.ascontiguousarray(taps[(slice(None),) * 3 + offset].swapaxes(1, 2))
+            spread = np.matmul(tap, split)
             place = tuple(
                 slice(o * d, o * d + (n - 1) * s + 1, s)
                 for o, d, n, s in zip(offset, dilations, x.shape[2:], strides, strict=True)
@@ -280,15 +281,16 @@ def _convolve(x: Array, w: Array, window: _Window, groups: int) -> Array:
     batch, channels_out, inner = x.shape[0], w.shape[0], w.shape[1]
     length = math.prod(window.output)
     taps = w.reshape(groups, channels_out // groups, inner, -1)
-    if inner == 1 or inner * taps.shape[-1] <= _COLUMNS:
-        # Thin products: gather the windows, then multiply once.
+    if x.nbytes * taps.shape[-1] <= _GATHERED:
+        # One large product instead of many small ones.
         views = [view.reshape(batch, groups, inner, length) for view in window.views(x)]
         columns = np.concatenate(views, axis=2)
         y = np.matmul(taps.transpose(0, 1, 3, 2).reshape(groups, channels_out // groups, -1), columns)
     else:
         y = np.zeros((batch, groups, channels_out // groups, length))
-        for position, view in enumerate(window.views(x)):
-            y += np.matmul(taps[..., position], view.reshape(batch, groups, inner, length))
+        by_tap = np.ascontiguousarray(np.moveaxis(taps, -1, 0))  # numpy multiplies strided matrices without BLAS
+        for tap, view in zip(by_tap, window.views(x), strict=True):
+            y += np.matmul(tap, view.reshape(batch, groups, inner, length))
     return np.asarray(y.reshape(batch, channels_out, *window.output))
 
 

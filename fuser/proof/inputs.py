@@ -27,7 +27,7 @@ Array = np.ndarray[Any, Any]
 KINDS = ("normal", "large", "zeros", "negative", "small", "unit")
 """Standard normal; a hundred times that (eight for 16-bit types); zeros; negative normal; a thousandth; [0, 1)."""
 
-SIZES = (32, 64, 128, 224, 256, 512, 8, 16, 4, 2, 1, 640, 1024, 4096)
+SIZES = (32, 64, 128, 224, 256, 512, 8, 16, 4, 2, 1, 12, 24, 48, 96, 384, 640, 768, 1024, 4096)
 """Sizes that are tried, in this order, for dimensions that the model leaves open."""
 
 _WORDS = ["a", "b", "hello", "world", ""]

@@ -18,6 +18,9 @@ import numpy as np
 from fuser.isolate import Crashed, Raised, TimedOut, Worker
 from fuser.proof.outcome import Failure, Outcome, first_line
 
+ONNX_RUNTIME = "fuser.proof.runners:run_onnx"
+"""The function that runs a model in the worker process."""
+
 Feeds = Sequence[Any]
 """Values in the order of the model's inputs; None leaves an input to its default."""
 
@@ -86,7 +89,7 @@ class OnnxRunner:
             return []
         try:
             answer: list[Outcome] = self._worker.call(
-                "fuser.proof.runners:run_onnx", self.path, feeds, optimize, first, timeout=self._timeout
+                ONNX_RUNTIME, self.path, feeds, optimize, first, timeout=self._timeout
             )
         except (Crashed, TimedOut, Raised) as error:
             if len(feeds) == 1:

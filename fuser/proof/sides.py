@@ -45,12 +45,14 @@ class Side(Protocol):
 
     output_names: names of the outputs, in order.
     runner: how it is run.
-    is_random: whether it may draw random numbers.
     """
 
     output_names: list[str]
     runner: Runner
-    is_random: bool
+
+    def is_random(self) -> bool:
+        """Whether it draws random numbers that differ from model to model."""
+        ...
 
     def lost_by(self, after: Any) -> list[str]:
         """What of this model's interface the other lacks."""
@@ -113,7 +115,6 @@ class OnnxSide:
             for value in graph.output
             if value.type.tensor_type.elem_type
         }
-        self.is_random = any(node.op_type in _RANDOM for node in _nodes(graph))
         self._removed, self._shapes = removed, input_shapes
         self._worker, self._timeout = worker, timeout
         self._specs: list[Spec] | None = None
@@ -124,6 +125,11 @@ class OnnxSide:
         if self._specs is None:
             self._specs = inputs.specs_of(self.model, self._shapes)
         return self._specs
+
+    def is_random(self) -> bool:
+        """See `Side.is_random`: the seed that a runtime chooses may depend on the other nodes."""
+        nodes = _nodes(self.model.proto.graph)
+        return any(node.op_type in _RANDOM and all(a.name != "seed" for a in node.attribute) for node in nodes)
 
     def lost_by(self, after: Any) -> list[str]:
         """See `Side.lost_by`."""
@@ -177,6 +183,8 @@ class OnnxSide:
             failure = outcomes[-1]
             if self.stand_in(failure):
                 return self.probe(seed)
+            if failure.kind != "refused":
+                return Probe(candidates[0], 0.0)  # no other input would change that
         raise inputs.refused(self.specs, str(failure))
 
     def stand_in(self, failure: Failure) -> bool:

@@ -29,9 +29,11 @@ class TorchRunner:
     def __init__(self, module: torch.nn.Module, arguments: Arguments) -> None:
         self._module, self._arguments = module, arguments
 
-    def run(self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False) -> list[Outcome]:
-        """See `Runner.run`; torch has no optimizer of its own to switch."""
-        return [self._run(self._module, values) for values in (sets[:1] if first else sets)]
+    def run(
+        self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False, seed: int = 0
+    ) -> list[Outcome]:
+        """See `Runner.run`; torch has no optimizer of its own to switch.  seed: of what the module draws."""
+        return [self._run(self._module, values, seed=seed) for values in (sets[:1] if first else sets)]
 
     def truth(self, sets: Sequence[Feeds], nudges: Sequence[int | None] = (None,)) -> list[list[Outcome]]:
         """See `Runner.truth`."""
@@ -48,11 +50,11 @@ class TorchRunner:
                 answers.append([self._run(wide, values, wide=True) for values in sets])
         return answers
 
-    def _run(self, module: torch.nn.Module, values: Feeds, wide: bool = False) -> Outcome:
+    def _run(self, module: torch.nn.Module, values: Feeds, *, wide: bool = False, seed: int = 0) -> Outcome:
         args, kwargs = self._arguments.call(values, wide)
         try:
             with torch.no_grad(), torch.random.fork_rng(), torch.autocast("cpu", enabled=False), _undisturbed(module):
-                torch.manual_seed(0)
+                torch.manual_seed(seed)
                 returned = module(*args, **kwargs)
         except Exception as error:
             return Failure("refused", first_line(error))
@@ -84,8 +86,6 @@ class Arguments:
 class TorchSide:
     """A module, a GraphModule or an ExportedProgram."""
 
-    is_random = True  # dropout in training mode, torch.rand: two runs from one seed tell
-
     def __init__(self, module: torch.nn.Module, arguments: Arguments) -> None:
         self.arguments = arguments
         self.runner: Any = TorchRunner(module, arguments)
@@ -98,6 +98,11 @@ class TorchSide:
             returned = module(*args, **kwargs)
         self.returned = returned
         self.output_names = _output_names(returned)
+
+    def is_random(self) -> bool:
+        """See `Side.is_random`: both modules start from one seed, but may draw in another order."""
+        one, other = (self.runner.run([self.arguments.examples], seed=seed)[0] for seed in (0, 1))
+        return any(not np.array_equal(x, y) for x, y in zip(one, other, strict=True))
 
     def lost_by(self, after: Any) -> list[str]:
         """See `Side.lost_by`: the structure of what is returned, and each tensor's kind."""

@@ -1,0 +1,312 @@
+"""`verify` on ONNX models, end to end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.parser
+import pytest
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from rich.console import Console
+
+from fuser.errors import InputError
+from fuser.isolate import Worker
+from fuser.proof import Verification
+from fuser.proof import verify as run_verify
+
+RNG = np.random.default_rng(11)
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    with Worker() as one:
+        yield one
+
+
+@pytest.fixture
+def verify(worker: Worker) -> Any:
+    def call(before: Any, after: Any, **options: Any) -> Verification:
+        return run_verify(before, after, worker=worker, **options)
+
+    return call
+
+
+def parse(text: str, opset: int = 17, **constants: np.ndarray) -> ModelProto:
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}, "custom" : 1]>\n{text}')
+    model.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in constants.items())
+    return model
+
+
+def linear(factor: float = 1.0, dtype: Any = np.float32) -> ModelProto:
+    weight = (np.random.default_rng(0).standard_normal((6, 5)) * factor).astype(dtype)
+    return parse("g (float[N,6] x) => (float[N,5] y) { y = MatMul (x, w) }", w=weight)
+
+
+def test_a_model_is_equivalent_to_itself(verify: Any) -> None:
+    result = verify(linear(), linear())
+    assert result.passed and result.verdict == "equivalent" and result.truth == "float64" and result.interface == []
+    (y,) = result.outputs
+    assert (y.name, y.dtype) == ("y", "float32") and 0 < y.max_abs == y.original and y.excess < 1
+    assert {label.split()[0] for label in result.sets} >= {"normal", "large", "zeros", "negative"}
+    assert any("N=3" in label for label in result.sets)
+    assert result.seconds > 0 and result.cost_ratio > 0
+
+
+def test_a_thousandth_is_a_difference_and_the_report_says_where(verify: Any) -> None:
+    result = verify(linear(), linear(1.001))
+    assert not result.passed and result.verdict == "different"
+    assert "output 'y'" in result.reason and "times what is allowed" in result.reason and "normal" in result.reason
+    assert str(result).startswith("different: output 'y'")
+
+
+def test_models_by_path_and_in_memory_are_not_changed(verify: Any, tmp_path: Path) -> None:
+    model = linear()
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    content = path.read_bytes()
+    assert verify(str(path), model).passed and verify(model, path).passed
+    assert path.read_bytes() == content and model == linear() and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_result_in_json_and_as_a_table(verify: Any) -> None:
+    result = verify(linear(), linear())
+    told = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert told["passed"] is True and told["truth"] == "float64" and told["outputs"][0]["name"] == "y"
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(result.render())
+    text = console.export_text()
+    assert "cosine" in text and "equivalent: the largest error against the float64 truth" in text
+    assert "times the inference" in text
+
+
+SUM = "g (float[N,40] x) => (float[N] y) {{ {body} }}"
+
+
+def test_an_exact_contract_asks_for_the_same_bits(verify: Any) -> None:
+    once = parse(SUM.format(body="y = ReduceSum <keepdims = 0> (x, a)"), a=np.array([1]))
+    again = parse(SUM.format(body="i = Identity (x)  y = ReduceSum <keepdims = 0> (i, a)"), a=np.array([1]))
+    assert verify(once, again, contract="exact").truth == "bits"
+    assert verify(once, again, contract="exact").passed
+    halves = np.zeros((2, 40), np.float32)
+    halves[0, ::3] = 1
+    halves[1] = 1 - halves[0]
+    regrouped = parse(
+        SUM.format(body="h = MatMul (x, m)  y = ReduceSum <keepdims = 0> (h, a)"),
+        a=np.array([1]),
+        m=np.ascontiguousarray(halves.T),
+    )
+    assert verify(once, regrouped).passed
+    result = verify(once, regrouped, contract="exact")
+    assert result.verdict == "different" and "not bit-identical" in result.reason
+
+
+def test_a_lost_interface_is_incompatible(verify: Any) -> None:
+    renamed = linear()
+    renamed.graph.output[0].name = renamed.graph.node[0].output[0] = "z"
+    result = verify(linear(), renamed)
+    assert result.verdict == "incompatible" and result.reason == "output 'y' is missing"
+    both = parse("g (float[N,6] x) => (float[N,5] y, float[N,5] z) { y = MatMul (x, w)  z = Neg (y) }")
+    result = verify(linear(), both)
+    assert result.verdict == "incompatible" and "2 outputs instead of 1" in result.reason
+
+
+def test_outputs_in_another_order_are_still_compared_by_name(verify: Any) -> None:
+    one = parse("g (float[N,6] x) => (float[N,6] y, float[N,6] z) { y = Exp (x)  z = Neg (x) }")
+    other = parse("g (float[N,6] x) => (float[N,6] z, float[N,6] y) { y = Exp (x)  z = Neg (x) }")
+    result = verify(one, other)
+    assert result.verdict == "incompatible" and "another order" in result.reason
+
+
+def test_an_input_that_is_needed_anew(verify: Any) -> None:
+    more = parse("g (float[N,6] x, float[6,5] w) => (float[N,5] y) { y = MatMul (x, w) }")
+    result = verify(linear(), more)
+    assert result.verdict == "incompatible" and "needs an input 'w'" in result.reason
+
+
+WITH_DEFAULT = """g (float[N,4] x, float[4] w) => (float[N,4] y) <float[4] w = {1.5, 2.5, 3.5, 4.5}> { y = Mul (x, w) }"""
+
+
+def test_an_input_with_a_default_keeps_its_meaning(verify: Any) -> None:
+    """Folding an overridable constant leaves an input behind that no longer does anything."""
+    before = parse(WITH_DEFAULT)
+    assert verify(before, parse(WITH_DEFAULT)).passed
+    folded = parse(WITH_DEFAULT.replace("Mul (x, w)", "Mul (x, v)"), v=np.array([1.5, 2.5, 3.5, 4.5], np.float32))
+    result = verify(before, folded)
+    assert result.verdict == "different" and "other values for inputs with a default" in result.reason
+    assert verify(before, folded, removed_inputs=["w"]).passed
+    del folded.graph.input[1], folded.graph.initializer[0]
+    assert verify(before, folded, removed_inputs=["w"]).passed
+    assert verify(before, folded).verdict == "incompatible"
+
+
+def test_a_model_that_only_the_original_can_run_is_different(verify: Any) -> None:
+    broken = linear()
+    broken.graph.node[0].op_type, broken.graph.node[0].domain = "Unknown", "custom"
+    result = verify(linear(), broken)
+    assert result.verdict == "different" and "the optimized model fails" in result.reason and "Unknown" in result.reason
+
+
+def test_a_model_that_nothing_can_run_asks_for_no_data(verify: Any) -> None:
+    custom = linear()
+    custom.graph.node[0].op_type, custom.graph.node[0].domain = "Unknown", "custom"
+    result = verify(custom, custom)
+    assert result.verdict == "unverifiable" and "ONNX Runtime cannot run the original" in result.reason
+    assert "Unknown" in result.reason
+
+
+def test_what_onnx_runtime_cannot_run_is_judged_in_float64(verify: Any) -> None:
+    weight = RNG.standard_normal((6, 5)).astype(ml_dtypes.bfloat16)
+    text = "g (bfloat16[N,6] x) => (bfloat16[N,5] y) { a = MatMul (x, w)  y = Cos (a) }"
+    wrong = weight.copy()
+    wrong[2, 2] *= 1.5
+    result = verify(parse(text, w=weight), parse(text, w=weight))
+    assert result.passed and result.truth == "float64" and "ONNX Runtime cannot run the original" in result.truth_note
+    assert verify(parse(text, w=weight), parse(text, w=wrong)).verdict == "different"
+
+
+def test_a_crash_of_the_runtime_loses_nothing(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuser.proof.runners.ONNX_RUNTIME", "bad_runtimes:crash")
+    model = linear()
+    result = verify(model, model)
+    assert result.passed and "ONNX Runtime cannot run the original" in result.truth_note
+
+
+def test_a_hang_is_a_named_outcome(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuser.proof.runners.ONNX_RUNTIME", "bad_runtimes:forever")
+    result = verify(linear(), linear(), timeout=3)
+    assert "timed out" in result.truth_note
+
+
+def test_where_float64_cannot_run_the_noise_floor_decides(verify: Any) -> None:
+    """A contrib op: ONNX Runtime knows it, the float64 evaluation does not."""
+
+    def gelu(factor: float = 1.0) -> ModelProto:
+        model = linear(factor)
+        model.graph.node[0].output[0] = "a"
+        model.graph.node.append(helper.make_node("Gelu", ["a"], ["y"], domain="com.microsoft"))
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+        return model
+
+    result = verify(gelu(), gelu())
+    assert result.passed and result.truth == "noise-floor" and "Gelu" in result.truth_note
+    assert verify(gelu(), gelu(1 + 2**-24)).passed
+    result = verify(gelu(), gelu(1.001))
+    assert result.verdict == "different" and result.truth == "noise-floor"
+
+
+def test_ids_out_of_a_tables_range_are_never_held_against_a_model(verify: Any) -> None:
+    table = RNG.standard_normal((7, 3)).astype(np.float32)
+    model = parse("g (int64[N] ids) => (float[N,3] y) { y = Gather (t, ids) }", t=table)
+    assert verify(model, model).passed
+    wrong = table.copy()
+    wrong[6, 2] += 0.01
+    assert not verify(model, parse("g (int64[N] ids) => (float[N,3] y) { y = Gather (t, ids) }", t=wrong)).passed
+
+
+def test_class_ids_may_differ_at_ties_only(verify: Any) -> None:
+    text = "g (float[N,6] x) => (int64[N,1] y) { a = MatMul (x, w)  y = ArgMax <axis = 1> (a) }"
+    weight = RNG.standard_normal((6, 5)).astype(np.float32)
+    assert verify(parse(text, w=weight), parse(text, w=weight * np.float32(3))).passed
+    swapped = np.ascontiguousarray(weight[:, [1, 0, 2, 3, 4]])
+    result = verify(parse(text, w=weight), parse(text, w=swapped))
+    assert result.verdict == "different" and "elements differ" in result.reason
+
+
+def test_sizes_are_found_by_asking_the_model(verify: Any) -> None:
+    text = "g (float[A,B] x, float[B,C] v) => (float[M,12] y) { a = MatMul (x, v)  y = Reshape (a, s) }"
+    model = parse(text, s=np.array([-1, 12]))
+    result = verify(model, model)
+    assert result.passed and len(result.sets) > 1
+    shaped = verify(model, model, input_shapes={"x": (3, 4), "v": (4, 8)})
+    assert shaped.passed
+
+
+def test_a_model_that_rejects_everything_says_what_to_give(verify: Any) -> None:
+    model = parse("g (float[A,B] x) => (float[7,11,13] y) { y = Reshape (x, s) }", s=np.array([7, 11, 13]))
+    with pytest.raises(InputError, match=r"rejects every generated input for 'x'.*--input-shape.*--inputs"):
+        verify(model, model)
+    assert verify(model, model, input_shapes={"x": (77, 13)}).passed
+
+
+def test_data_of_the_user(verify: Any, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", x=RNG.standard_normal((2, 6)).astype(np.float32))
+    result = verify(linear(), linear(), inputs=tmp_path / "data.npz")
+    assert result.passed and result.sets == ["data.npz"]
+    text = "g (int64[N] i) => (float[N] y) { y = Gather (t, i) }"
+    model = parse(text, t=np.zeros(3, np.float32))
+    with pytest.raises(InputError, match="rejects the given inputs"):
+        verify(model, model, inputs={"i": np.array([5])})
+
+
+def test_a_difference_of_random_models_proves_nothing(verify: Any) -> None:
+    text = "g (float[4] x) => (float[4] y) {{ r = RandomNormalLike {seed} (x)  y = {op} (x, r) }}"
+    result = verify(parse(text.format(seed="", op="Add")), parse(text.format(seed="", op="Sub")))
+    assert result.verdict == "unverifiable" and "random" in result.reason
+    seeded = text.format(seed="<seed = 1.0>", op="Add"), text.format(seed="<seed = 1.0>", op="Sub")
+    assert verify(parse(seeded[0]), parse(seeded[1])).verdict == "different"
+
+
+def test_sequences_and_strings(verify: Any) -> None:
+    graph = helper.make_graph(
+        [helper.make_node("SequenceAt", ["xs", "i"], ["a"]), helper.make_node("SplitToSequence", ["a"], ["y"])],
+        "g",
+        [
+            helper.make_tensor_sequence_value_info("xs", TensorProto.FLOAT, [2, 3]),
+            helper.make_tensor_value_info("s", TensorProto.STRING, [2]),
+        ],
+        [
+            helper.make_tensor_sequence_value_info("y", TensorProto.FLOAT, None),
+            helper.make_tensor_value_info("t", TensorProto.STRING, [2]),
+        ],
+        [numpy_helper.from_array(np.array(1), "i")],
+    )
+    graph.node.append(helper.make_node("Identity", ["s"], ["t"]))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    result = verify(model, model)
+    assert result.passed and {figures.name for figures in result.outputs} == {"y[0]", "y[1]", "t"}
+
+
+def test_a_truth_that_is_far_from_the_runtime_is_not_trusted(verify: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fuser.proof import runners
+
+    original = runners.OnnxRunner.truth
+
+    def wrong(self: Any, *args: Any) -> Any:
+        return [[[value * 2 for value in outcome] for outcome in answers] for answers in original(self, *args)]
+
+    monkeypatch.setattr(runners.OnnxRunner, "truth", wrong)
+    result = verify(linear(), linear())
+    assert result.passed and result.truth == "noise-floor" and "far from what ONNX Runtime computes" in result.truth_note
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"contract": "roughly"}, "contract is 'exact' or 'rounding', not 'roughly'"),
+        ({"input_shapes": {"z": (1,)}}, "there is no input 'z'"),
+    ],
+)
+def test_bad_options(verify: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        verify(linear(), linear(), **options)
+
+
+def test_bad_models(verify: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="missing.onnx"):
+        verify(tmp_path / "missing.onnx", linear())
+    with pytest.raises(InputError, match=r"cannot verify a builtins.int"):
+        verify(linear(), 3)
+
+
+def test_an_onnx_comparison_does_not_import_torch() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, fuser.proof, fuser.proof.sides, fuser.proof.gate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
