@@ -8,7 +8,6 @@ So decomposed and frozen BatchNorms, LayerScale, the scale of a decomposed RMSNo
 a network go step by step.  The axis of c comes from right-aligned broadcasting.
 
 Refusals:
-    two-variables    neither operand is known before run time
     not-affine       a constant is divided by the operand, or the numbers are not real
     not-per-channel  the constant varies along more than one axis
     broadcasts       the result is larger than the operand, or may be
@@ -44,6 +43,11 @@ class FoldAffine(RewritePass[Elementwise, Folding]):
     shared_weights: str = "copy"
 
     name, root = "fold-affine", Elementwise
+
+    def concerns(self, graph: Graph, op: Elementwise) -> bool:
+        """Whether an operand is a constant, or would be if the caller could not replace it."""
+        found = (graph.constant(operand) for operand in (op.left, op.right))
+        return any(not isinstance(x, Missed) or x.code != "not-constant" for x in found)
 
     def match(self, graph: Graph, op: Elementwise) -> Folding | Missed:
         found = affine_op(graph, op)

@@ -9,11 +9,8 @@ be a difference.  Blocks of many branches (RepVGG, MobileOne, RepViT, FastViT) c
 fold-batch-norm and fold-affine.  The operator with the larger kernel stays, so nothing grows.
 
 Refusals:
-    constant          one operand is a constant: fold-affine looks at it
-    not-linear-sum    it is a product or a quotient
-    different-inputs  the branches do not read one input, or none of them is a linear operator
-    geometry          strides, groups, windows or channels do not allow for one kernel
-    shared-output     a branch is read elsewhere, too
+    geometry       strides, groups, windows or channels do not allow for one kernel
+    shared-output  a branch is read elsewhere, too
     not-constant, overridable, quantized, training-mode, rank, axis-mismatch, shape-mismatch, not-finite, hooks,
     shared-weights, unsound: as for fold-batch-norm
 """
@@ -62,19 +59,18 @@ class MergeBranches(RewritePass[Elementwise, Merge]):
 
     name, root = "merge-branches", Elementwise
 
+    def concerns(self, graph: Graph, op: Elementwise) -> bool:
+        """Whether two readings of the operands share an input, and one of them is a linear operator."""
+        return op.function in ("+", "-") and next(_pairs(graph, op), None) is not None
+
     def match(self, graph: Graph, op: Elementwise) -> Merge | Missed:
-        if op.function not in ("+", "-"):
-            return Missed("not-linear-sum", "it is a product or a quotient")
-        if not all(isinstance(graph.constant(operand), Missed) for operand in (op.left, op.right)):
-            return Missed("constant", "one operand is a constant")
-        refused = Missed("different-inputs", "its operands are not linear in one input")
-        for left in _branches(graph, op.left):
-            for right in _branches(graph, op.right):
-                if left.source is right.source and (_is_linear(left.op) or _is_linear(right.op)):
-                    found = _merge(graph, op, left, right)
-                    if isinstance(found, Merge):
-                        return self._unshared(graph, found)
-                    refused = found
+        refused: Missed | None = None
+        for left, right in _pairs(graph, op):
+            found = _merge(graph, op, left, right)
+            if isinstance(found, Merge):
+                return self._unshared(graph, found)
+            refused = refused or found
+        assert refused is not None  # otherwise it is no candidate
         return refused
 
     def _unshared(self, graph: Graph, found: Merge) -> Merge | Missed:
@@ -86,6 +82,13 @@ class MergeBranches(RewritePass[Elementwise, Merge]):
         graph.set_constants(match.host, **match.arrays)
         graph.replace(match.sum, by=match.host.output)
         return f"{match.guest} is part of {graph.describe(match.host)}"
+
+
+def _pairs(graph: Graph, total: Elementwise) -> Iterator[tuple[Branch, Branch]]:
+    for left in _branches(graph, total.left):
+        for right in _branches(graph, total.right):
+            if left.source is right.source and (_is_linear(left.op) or _is_linear(right.op)):
+                yield left, right
 
 
 def _branches(graph: Graph, value: Value) -> Iterator[Branch]:

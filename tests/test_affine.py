@@ -43,10 +43,10 @@ def convolve(
     for c in range(weight.shape[0]):
         first = c // (weight.shape[0] // groups) * weight.shape[1]
         for o in itertools.product(*map(range, size)):
-            y[(c, *o)] = bias[c]
+            y[c, ...][o] = bias[c]
             for i, k in itertools.product(range(weight.shape[1]), itertools.product(*map(range, kernel))):
                 at = tuple(a * s + b * d for a, s, b, d in zip(o, strides, k, dilations, strict=True))
-                y[(c, *o)] += float(weight[(c, i, *k)]) * x[(first + i, *at)]
+                y[c, ...][o] += float(weight[(c, i, *k)]) * x[(first + i, *at)]
     return y
 
 

@@ -6,11 +6,12 @@ from math import exp, inf, log
 
 import numpy as np
 import pytest
-from fuser.bench import statistics
-from fuser.bench.statistics import FASTER, INCONCLUSIVE, NO_CHANGE, SLOWER, Interval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+
+from fuser.bench import statistics
+from fuser.bench.statistics import FASTER, INCONCLUSIVE, NO_CHANGE, SLOWER, Interval
 
 times = st.floats(1e-6, 10.0)
 

@@ -111,9 +111,7 @@ def test_a_map_is_asked_for_by_name() -> None:
     graph.input[0].name = "features"
     graph.input[0].type.Clear()
     graph.input[0].type.map_type.key_type = TensorProto.STRING
-    with pytest.raises(
-        InputError, match=r"'features' is a map type, .* --inputs .* inputs=\{'features': array\}"
-    ):
+    with pytest.raises(InputError, match=r"'features' is a map type, .* --inputs .* inputs=\{'features': array\}"):
         specs_of(ModelFile.from_proto(helper.make_model(graph)))
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -343,11 +345,11 @@ def test_a_branch_does_not_return_its_operand() -> None:
 
 def test_time_grows_with_the_number_of_nodes() -> None:
     """Twice the nodes take about twice the time; a rescan of the graph for each edit would take four times."""
-    import time
+    net = nn.Sequential(*(layer for _ in range(1200) for layer in (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)))).eval()
 
     def seconds(pairs: int) -> float:
-        net = nn.Sequential(*(layer for _ in range(pairs) for layer in (nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1)))).eval()
-        graph = TorchGraph.from_graph_module(torch.fx.symbolic_trace(net))
+        graph = TorchGraph.from_graph_module(torch.fx.symbolic_trace(net[: 2 * pairs]))
+        gc.collect()
         started = time.process_time()
         for norm in graph.ops(ops.BatchNorm):
             conv = graph.op_producing(norm.input)
@@ -357,5 +359,4 @@ def test_time_grows_with_the_number_of_nodes() -> None:
         graph.commit()
         return time.process_time() - started
 
-    seconds(50)
-    assert seconds(1200) < 3.2 * seconds(600) + 0.1
+    assert min(seconds(1200) for _ in range(2)) < 3 * max(seconds(600) for _ in range(2)) + 0.05

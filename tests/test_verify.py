@@ -129,7 +129,9 @@ def test_an_input_that_is_needed_anew(verify: Any) -> None:
     assert result.verdict == "incompatible" and "needs an input 'w'" in result.reason
 
 
-WITH_DEFAULT = """g (float[N,4] x, float[4] w) => (float[N,4] y) <float[4] w = {1.5, 2.5, 3.5, 4.5}> { y = Mul (x, w) }"""
+WITH_DEFAULT = (
+    """g (float[N,4] x, float[4] w) => (float[N,4] y) <float[4] w = {1.5, 2.5, 3.5, 4.5}> { y = Mul (x, w) }"""
+)
 
 
 def test_an_input_with_a_default_keeps_its_meaning(verify: Any) -> None:
@@ -282,7 +284,9 @@ def test_a_truth_that_is_far_from_the_runtime_is_not_trusted(verify: Any, monkey
 
     monkeypatch.setattr(runners.OnnxRunner, "truth", wrong)
     result = verify(linear(), linear())
-    assert result.passed and result.truth == "noise-floor" and "far from what ONNX Runtime computes" in result.truth_note
+    assert (
+        result.passed and result.truth == "noise-floor" and "far from what ONNX Runtime computes" in result.truth_note
+    )
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ class KnownValues:
         inferred = self._inferred_shape(tensor)
         if inferred is None and tensor in self:
             with contextlib.suppress(CannotEvaluate):
-                return self.evaluate(tensor).shape
+                return tuple(self.evaluate(tensor).shape)
         return inferred
 
     def inherit(self, tensor: gs.Tensor, source: gs.Tensor) -> None:

@@ -182,7 +182,11 @@ def _batch_norm(n: NodeReader) -> ops.Op:
     return ops.BatchNorm(
         n.node,
         n.output,
-        *(n.required(position) for position in range(5)),
+        n.required(0),
+        scale=n.required(1),
+        bias=n.required(2),
+        mean=n.required(3),
+        var=n.required(4),
         epsilon=n.attribute("epsilon", 1e-5),
         training=training,
         per_channel=bool(n.attribute("spatial", 1)),

@@ -42,7 +42,7 @@ class Scope:
         self.parent, self.owner = parent, owner
         self.children: list[Scope] = []
         self.names: dict[str, gs.Tensor] = {}
-        self.frozen = parent is not None and parent.frozen
+        self.frozen: bool = parent is not None and parent.frozen
         self.changed = False
         self.before: dict[int, list[gs.Node]] = {}  # new nodes, to stand before the node of that id
         self.after: dict[int, list[gs.Node]] = {}

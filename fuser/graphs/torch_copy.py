@@ -66,6 +66,8 @@ class Copier:
             made.graph = copy.deepcopy(original.graph)  # the nodes' meta keeps its objects
 
     def _mapped(self, value: Any) -> Any:
+        if value is None or type(value) in (bool, int, float, str):
+            return value
         if isinstance(value, torch.Tensor) and id(value) not in self._made and value.is_leaf:
             self._remember(value, value.clone())  # nobody's parameter: what a forward keeps for itself, and writes
         if isinstance(value, (torch.Tensor, nn.Module)):

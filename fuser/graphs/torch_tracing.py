@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import fx, nn
 
 from fuser.errors import InputError
@@ -39,30 +42,34 @@ class _Tracer(fx.Tracer):
 def trace(module: nn.Module) -> fx.GraphModule:
     """The module as a graph over copies of its submodules, which share the memory of its tensors.
 
-    Another copy is traced, because tracing writes: the tracer registers the constants that it meets, and the
-    module's own code may assign what it computes to its buffers.
+    The copy is traced, because tracing writes: the tracer registers the constants that it meets, and the module's
+    own code may assign what it computes.
 
     Raises `InputError` where the module cannot be traced.
     """
-    own, stage = Copier().module(module), Copier().module(module)
+    copier = Copier()
+    own = copier.module(module)
     try:
-        graph = _graph(stage)
+        graph = _graph(own)
     except Exception as error:  # the user's own forward runs here
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
             f"torch.fx cannot trace this {type(module).__name__} ({first}); "
             "give example_inputs so that torch.export can capture it"
         ) from error
-    for name, buffer in stage.named_buffers():
+    for name, buffer in own.named_buffers():
         if isinstance(buffer, fx.Proxy):
             raise InputError(
                 f"{type(module).__name__} assigns to its buffer {name!r} as it runs, which tracing would lose; "
                 "give example_inputs so that torch.export can capture it"
             )
     graph._tracer_cls = fx.Tracer  # a saved result names its tracer, and must load without this package
-    targets = {str(node.target) for node in graph.nodes if node.op in ("get_attr", "call_module")}
-    held = {target: attribute(own, target) for target in targets}
-    held.update({target: attribute(stage, target) for target, value in held.items() if value is None})
+    held: dict[str, Any] = {}
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module"):
+            original = attribute(module, node.target)
+            is_tensor = node.op == "get_attr" and isinstance(original, torch.Tensor)
+            held[node.target] = copier.tensor(original) if is_tensor else attribute(own, node.target)
     traced = fx.GraphModule(held, graph, type(module).__name__)
     traced.training = own.training
     for path, child in traced.named_modules():

@@ -20,7 +20,7 @@ import onnx
 from fuser.errors import InputError
 from fuser.isolate import IsolatedFailure, Worker
 from fuser.proof.float64_ops import is_float
-from fuser.proof.runners import OnnxRunner
+from fuser.proof.runners import Float64Runner, OnnxRunner
 from fuser.proof.sides import OnnxSide, open_sides
 
 Array = np.ndarray[Any, Any]
@@ -99,7 +99,7 @@ def first_difference(
 
 
 def _tensors(side: OnnxSide, values: Sequence[Any]) -> dict[str, Array]:
-    runner = side.runner
+    runner = side.runner.inner if isinstance(side.runner, Float64Runner) else side.runner
     assert isinstance(runner, OnnxRunner)
     names = [name for node in side.model.proto.graph.node for name in node.output if name]
     found = runner.tensors(values, [*names, *side.input_names])

@@ -36,6 +36,8 @@ FACTOR_ALONE = 8.0
 ROUNDINGS = 2.0
 """Roundings of its own magnitude that are allowed to any output."""
 CROWD = 32
+BLIND = 0.5
+"""Noise over signal from which on passing proves nothing."""
 
 
 @dataclass
@@ -93,10 +95,14 @@ class Figures:
 
 @dataclass
 class Judgement:
-    """What came of one output: `excess` above 1 fails, and `problem` says how, for a person."""
+    """What came of one output: `excess` above 1 fails, and `problem` says how, for a person.
+
+    noise: the root mean square of the noise over that of the reference.
+    """
 
     excess: float = 0.0
     problem: str = ""
+    noise: float = 0.0
 
     @property
     def fine(self) -> bool:
@@ -146,12 +152,15 @@ class Judge:
             np.maximum(noise, _error(other, reference), out=noise)
         error = np.where(finite, _error(candidate, reference), 0.0)
         excess = _excess(error, noise, np.where(finite, np.abs(reference), 0.0), self.roundoff)
+        size = float(_rms(np.where(finite, reference, 0.0), tuple(range(reference.ndim))))
+        share = float(_rms(noise, tuple(range(noise.ndim)))) / size if size else 0.0
         if excess <= 1:
-            return Judgement(excess)
+            return Judgement(excess, noise=share)
         return Judgement(
             excess,
             f"the largest error is {error.max():.3g}, {excess:.3g} times what is allowed "
             f"(the original's noise is {noise.max():.3g}, the output's scale {np.abs(reference[finite]).max():.3g})",
+            share,
         )
 
 

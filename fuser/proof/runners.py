@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from fuser.isolate import Crashed, Raised, TimedOut, Worker
+from fuser.isolate import Crashed, IsolatedFailure, Raised, TimedOut, Worker
 from fuser.proof.outcome import Failure, Outcome, first_line
 
 ONNX_RUNTIME = "fuser.proof.runners:run_onnx"
@@ -72,6 +72,11 @@ class OnnxRunner:
             return [[_failure(error)] * len(sets) for _ in nudges]
         return answer
 
+    def warm(self) -> None:
+        """Have the worker ready, so that the first run can be timed."""
+        with contextlib.suppress(IsolatedFailure):  # the run itself will say
+            self._worker.call("fuser.proof.runners:warm", timeout=self._timeout)
+
     def tensors(self, feeds: Feeds, names: Sequence[str]) -> dict[str, Any]:
         """The float64 values of inner tensors; raises `IsolatedFailure`."""
         answer: dict[str, Any] = self._worker.call(
@@ -107,22 +112,22 @@ class Float64Runner:
     def __init__(self, runner: Runner, why: str) -> None:
         self.runtime = "the float64 evaluation"
         self.why = f"{runner.runtime} cannot run the original ({why})"
-        self._runner = runner
+        self.inner = runner
 
     def run(self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False) -> list[Outcome]:
         """See `Runner.run`."""
         if not first:
-            return self._runner.truth(sets)[0]
+            return self.inner.truth(sets)[0]
         outcomes: list[Outcome] = []
         for values in sets:
-            outcomes += self._runner.truth([values])[0]
+            outcomes += self.inner.truth([values])[0]
             if not isinstance(outcomes[-1], Failure):
                 break
         return outcomes
 
     def truth(self, sets: Sequence[Feeds], nudges: Sequence[int | None] = (None,)) -> list[list[Outcome]]:
         """See `Runner.truth`."""
-        return self._runner.truth(sets, nudges)
+        return self.inner.truth(sets, nudges)
 
 
 def run_onnx(path: str, sets: Sequence[Mapping[str, Any]], optimize: bool, first: bool) -> list[Outcome]:
@@ -151,6 +156,11 @@ def run_onnx(path: str, sets: Sequence[Mapping[str, Any]], optimize: bool, first
         if first:
             break
     return outcomes
+
+
+def warm() -> None:
+    """Import what a run needs."""
+    import onnxruntime  # noqa: F401
 
 
 def _fed(value: Any, bfloat16: bool) -> Any:

@@ -171,6 +171,8 @@ class OnnxSide:
 
     def probe(self, seed: int) -> Probe:
         """See `Side.probe`.  A runtime that cannot run the model at all is replaced by the float64 evaluation."""
+        if isinstance(self.runner, OnnxRunner):
+            self.runner.warm()
         failure: Failure | None = None
         for specs, candidates in self._attempts():
             sets = [inputs.generate(specs, sizes, "normal", seed).values for sizes in candidates]

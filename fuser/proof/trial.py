@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from fuser.proof.compare import Array, Figures, Judge, Judgement, bit_identical, figures
+from fuser.proof.compare import BLIND, Array, Figures, Judge, Judgement, bit_identical, figures
 from fuser.proof.float64_ops import is_float
 from fuser.proof.inputs import InputSet
 from fuser.proof.outcome import Failure, Outcome
@@ -39,6 +39,7 @@ class Trial:
     truth: what the outputs are judged against.
     note: why that is not float64.
     figures: one entry for each output, once judged.
+    blind: whether some output is so noisy that passing proves nothing.
     """
 
     def __init__(
@@ -60,11 +61,12 @@ class Trial:
         self.truth: Truth = "none"
         self.note = ""
         self.figures: list[Figures] = []
+        self.blind = False
 
     def bits(self) -> str:
         """Hold the candidate to an exact contract; what is wrong, or nothing."""
         self.truth = "bits"
-        return self._each(self._original, lambda name: bit_identical(self._candidate[name], self._original[name]))
+        return self._judge(self._original, lambda name: bit_identical(self._candidate[name], self._original[name]))
 
     def rounding(self) -> str:
         """Hold the candidate to the bound; what is wrong, or nothing."""
@@ -79,10 +81,10 @@ class Trial:
         self.truth = "float64"
         if not isinstance(candidate_truth, Failure):
             candidate = dict(_named(self._before.output_names, self._before.paired(self._after, candidate_truth)))
-            if found := self._each(wide, lambda name: self._same_function(name, candidate, wide), report=False):
+            if found := self._each(wide, candidate, lambda name: self._same_function(name, candidate, wide)):
                 self._figures(wide, {})
                 return f"{found} (both models in float64)"
-        return self._each(wide, lambda name: self._same_run(name, wide))
+        return self._judge(wide, lambda name: self._same_run(name, wide))
 
     def _same_function(self, name: str, candidate: dict[str, Any], truth: dict[str, Any]) -> Judgement:
         judgement = Judgement()
@@ -118,33 +120,38 @@ class Trial:
                     break
             return judgement
 
-        return self._each(self._original, judge)
+        return self._judge(self._original, judge)
 
-    def _each(self, reference: dict[str, Any], judge: Callable[[str], Judgement], report: bool = True) -> str:
-        """Judge every output; the first problem, worst first."""
-        names = list(self._original)
-        if list(self._candidate) != names or list(reference) != names:
-            return f"it returns {len(self._candidate)} values instead of {len(names)}"
-        judgements = {}
-        for name in names:
-            if (problem := self._another_type(name)) is not None:
-                judgements[name] = problem
-            elif self._original[name] is not None:
+    def _judge(self, reference: dict[str, Any], judge: Callable[[str], Judgement]) -> str:
+        """Judge every output of the candidate's run, and note the figures; what is wrong, or nothing."""
+        judgements: dict[str, Judgement] = {}
+
+        def checked(name: str) -> Judgement:
+            original, candidate = self._original[name], self._candidate[name]
+            if original.dtype != candidate.dtype:
+                judgements[name] = Judgement(np.inf, f"its type is {candidate.dtype} instead of {original.dtype}")
+            else:
                 judgements[name] = judge(name)
-        if report:
-            self._figures(reference, judgements)
-        worst = max(judgements, key=lambda name: judgements[name].excess, default="")
-        if not worst or judgements[worst].fine:
-            return ""
-        return f"output {worst!r}: {judgements[worst].problem}"
+            return judgements[name]
 
-    def _another_type(self, name: str) -> Judgement | None:
-        original, candidate = self._original[name], self._candidate[name]
-        if (original is None) != (candidate is None):
-            return Judgement(np.inf, "one of the models returns nothing here")
-        if original is not None and original.dtype != candidate.dtype:
-            return Judgement(np.inf, f"its type is {candidate.dtype} instead of {original.dtype}")
-        return None
+        found = self._each(reference, self._candidate, checked)
+        self._figures(reference, judgements)
+        self.blind = any(judgement.noise > BLIND for judgement in judgements.values())
+        return found
+
+    def _each(self, reference: dict[str, Any], candidate: dict[str, Any], judge: Callable[[str], Judgement]) -> str:
+        """Judge every output; the worst problem."""
+        if list(candidate) != list(reference):
+            return f"it returns {len(candidate)} values instead of {len(reference)}"
+        worst, where = Judgement(), ""
+        for name, value in reference.items():
+            if (value is None) != (candidate[name] is None):
+                judgement = Judgement(np.inf, "one of the models returns nothing here")
+            else:
+                judgement = Judgement() if value is None else judge(name)
+            if judgement.excess > max(worst.excess, 1.0):
+                worst, where = judgement, name
+        return f"output {where!r}: {worst.problem}" if where else ""
 
     def _figures(self, reference: dict[str, Any], judgements: dict[str, Judgement]) -> None:
         for name, original in self._original.items():
