@@ -19,7 +19,6 @@ import results
 import torch
 
 import fuser
-from fuser.bench.render import interval, seconds
 
 HEADER = ("network", "dtype", "batch", "arm", "before", "after", "after / before", "verdict")
 
@@ -37,15 +36,7 @@ def rows(name: str, dtype: str, batch: int, time: float) -> tuple[list[list[Any]
         seconds=time,
         progress=lambda line: print(f"{name} {dtype} {batch}: {line}", file=sys.stderr),
     )
-    out = []
-    for result in benchmark.arms:
-        where = [name, dtype, batch, result.arm.name]
-        if not result.comparison:
-            out.append([*where, "", "", "", result.problem])
-            continue
-        medians = [seconds(result.summaries[role].median) for role in benchmark.names]
-        ratio = interval(result.comparison.change).replace("\\", "")
-        out.append([*where, *medians, ratio, result.comparison.verdict.word])
+    out = [[name, dtype, batch, result.arm.name, *results.comparison(result)] for result in benchmark.arms]
     return out, {"network": name, "dtype": dtype, "batch": batch, **benchmark.to_dict()}
 
 

@@ -17,7 +17,6 @@ import results
 
 import fuser
 from fuser.bench import Benchmark
-from fuser.bench.render import interval, seconds
 
 HEADER = ("network", "IR", "arm", "nodes", "before", "after", "after / before", "verdict")
 
@@ -43,15 +42,7 @@ PAIRS = {"onnx": onnx_pair, "torch": torch_pair}
 def rows(name: str, ir: str, benchmark: Benchmark) -> list[list[Any]]:
     """One row an arm, the ones that failed included."""
     nodes = " → ".join(str(costs.nodes) for costs in benchmark.costs.values())
-    out = []
-    for result in benchmark.arms:
-        if not result.comparison:
-            out.append([name, ir, result.arm.name, nodes, "", "", "", result.problem])
-            continue
-        medians = [seconds(result.summaries[role].median) for role in benchmark.names]
-        ratio = interval(result.comparison.change).replace("\\", "")
-        out.append([name, ir, result.arm.name, nodes, *medians, ratio, result.comparison.verdict.word])
-    return out
+    return [[name, ir, result.arm.name, nodes, *results.comparison(result)] for result in benchmark.arms]
 
 
 def tell(name: str) -> Any:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 import tempfile
 import time
@@ -29,14 +28,14 @@ import torch
 import fuser
 from fuser.bench import Benchmark
 from fuser.bench.instance import peak_memory
-from fuser.bench.render import byte_count, interval, seconds
+from fuser.bench.render import byte_count, seconds
 from fuser.isolate import IsolatedFailure, Worker
 
 LIMIT = 600.0
 """Seconds after which an optimizer is given up."""
 
 ONNX_HEADER = ("network", "optimizer", "result", "nodes", "BatchNorms", "own time", "peak memory")
-TORCH_HEADER = ("network", "optimizer", "arm", "result", "BatchNorms", "own time", "after / before", "verdict")
+TORCH_HEADER = ("network", "optimizer", "arm", "result", "BatchNorms", "own time", "after / before")
 
 
 def by_fuser(source: str, target: str) -> None:
@@ -136,7 +135,7 @@ def onnx_rows(name: str, folder: Path, time_each: float) -> list[list[Any]]:
         row = [name, optimizer, verdict(relative_error(output, truth), own), len(nodes)]
         row += [nodes.count("BatchNormalization"), seconds(took), byte_count(memory)]
         benchmark = fuser.benchmark(raw, target, seconds=time_each, arms=arms)
-        rows.append(row + [_ratio(benchmark, arm) for arm in arms])
+        rows.append(row + [_conclusion(benchmark, arm) for arm in arms])
     return rows
 
 
@@ -159,7 +158,7 @@ def torch_rows(name: str, time_each: float) -> list[list[Any]]:
         try:
             fused = run()
         except Exception as error:  # a peer may raise anything
-            rows.append([name, optimizer, "", f"FAILED: {type(error).__name__}: {error}", "", "", "", ""])
+            rows.append([name, optimizer, "", f"FAILED: {type(error).__name__}: {error}", "", "", ""])
             continue
         took = seconds(time.perf_counter() - started)
         with torch.no_grad():
@@ -168,8 +167,7 @@ def torch_rows(name: str, time_each: float) -> list[list[Any]]:
         benchmark = fuser.benchmark(model, fused, example_inputs=(x,), seconds=time_each, arms=arms)
         left = sum(count for op, count in benchmark.costs["after"].ops.items() if "batch" in op.lower())
         for result in benchmark.arms:
-            ratio, word = _ratio_and_word(benchmark, result.arm.name)
-            rows.append([name, optimizer, result.arm.name, right, left, took, ratio, word])
+            rows.append([name, optimizer, result.arm.name, right, left, took, _conclusion(benchmark, result.arm.name)])
     return rows
 
 
@@ -184,16 +182,9 @@ def _nodes(path: str) -> list[str]:
     return [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
 
 
-def _ratio(benchmark: Benchmark, arm: str) -> str:
-    ratio, word = _ratio_and_word(benchmark, arm)
-    return f"{ratio} {word}"
-
-
-def _ratio_and_word(benchmark: Benchmark, arm: str) -> tuple[str, str]:
+def _conclusion(benchmark: Benchmark, arm: str) -> str:
     result = next(r for r in benchmark.arms if r.arm.name == arm)
-    if not result.comparison:
-        return "", result.problem or "interrupted"
-    return interval(result.comparison.change).replace("\\", ""), result.comparison.verdict.word
+    return " ".join(results.comparison(result)[2:])
 
 
 def main() -> None:
@@ -226,5 +217,4 @@ def _version(name: str) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     main()

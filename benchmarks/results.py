@@ -7,7 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fuser.bench import environment
+from fuser.bench import ArmResult, environment
+from fuser.bench.render import interval, seconds
+from fuser.bench.sampling import AFTER, BEFORE
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 TITLE = """# Results
@@ -30,6 +32,14 @@ def machine(device: str = "cpu", threads: int | None = None, seed: int = 0) -> s
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
     today = datetime.date.today().isoformat()
     return f"{gpu}{e['cpu']}, {e['cores']} cores, {e['threads']} threads; Python {e['python']}, {versions}; {today}."
+
+
+def comparison(result: ArmResult) -> list[str]:
+    """The cells "before", "after", "after / before" and "verdict" of one arm; a failed one says why."""
+    if not result.comparison:
+        return ["", "", "", result.problem or "interrupted"]
+    medians = [seconds(result.summaries[role].median) for role in (BEFORE, AFTER)]
+    return [*medians, interval(result.comparison.change), result.comparison.verdict.word]
 
 
 def write(section: str, command: str, body: str, path: Path = RESULTS) -> None:

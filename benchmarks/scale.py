@@ -29,12 +29,18 @@ from rich.table import Table
 CHANNELS = 4
 
 RUN = """
-import json, resource, sys, time
+import json, resource, time
+from pathlib import Path
 {setup}
 started = time.perf_counter()
 {call}
 seconds = time.perf_counter() - started
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+status = Path("/proc/self/status")  # ru_maxrss would count what this process was before its exec
+if status.exists():
+    peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+else:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([seconds, peak / 1024]))
 """
 
 TOOLS = {

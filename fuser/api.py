@@ -55,6 +55,7 @@ def optimize(
     inputs: Any = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     layout: Layout = "auto",
+    threshold: int = 1024,
     progress: Progress | None = None,
 ) -> Result:
     """Optimize `model`; the same kind comes out as went in, and what went in is not changed.
@@ -73,7 +74,8 @@ def optimize(
             than 512 MB of constants are run for that only with "whole"; each of their rewrites is checked by itself.
         on_failure: "rollback" finds the rewrites at fault, leaves them out and keeps the rest; "abort" raises.
         inputs, input_shapes: data or shapes for the check; by default they are generated.
-        layout: "auto", "single" (weights inside the file) or "external" (beside it).
+        layout, threshold: "auto" (as in the source), "single" (weights inside the file) or "external" (those of
+            `threshold` bytes and more in `OUT.data`).
         progress: called with a few words when a stage begins.
 
     Raises:
@@ -92,6 +94,7 @@ def optimize(
         dynamic_shapes=dynamic_shapes,
         freeze_inputs=freeze_inputs,
         layout=layout,
+        threshold=threshold,
     )
 
     with source:

@@ -70,9 +70,15 @@ def optimize(
     ] = "rollback",
     input_shape: InputShape = None,
     inputs: Inputs = None,
-    layout: Annotated[
-        str, typer.Option("--layout", metavar="auto|single|external", help="Weights inside the file or beside it.")
-    ] = "auto",
+    single_file: Annotated[
+        bool | None,
+        typer.Option("--single-file/--external-data", help="Weights inside OUT, or in OUT.data; default: as in IN."),
+    ] = None,
+    threshold: Annotated[
+        int, typer.Option("--threshold", metavar="BYTES", min=0, help="From this size on weights go to OUT.data.")
+    ] = 1024,
+    bench: Annotated[bool, typer.Option("--bench", help="Also measure the latency before and after.")] = False,
+    bench_seconds: Annotated[float, typer.Option("--bench-seconds", help="How long each arm is measured.")] = 10.0,
     report: Annotated[Path | None, typer.Option("--report", metavar="FILE.json", help="Write the whole story.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each candidate.")] = False,
@@ -101,7 +107,8 @@ def optimize(
                 on_failure=on_failure,
                 input_shapes=_shapes(input_shape),
                 inputs=inputs,
-                layout=layout,  # type: ignore[arg-type]  # checked there
+                layout="auto" if single_file is None else "single" if single_file else "external",
+                threshold=threshold,
                 **common,
             ).report
     if report is not None:
@@ -110,6 +117,18 @@ def optimize(
         out.print(story.render(verbose=verbose))
         if plan:
             out.print("a plan: nothing was written")
+    if bench and not plan:
+        from fuser.bench import benchmark
+
+        with _progress(quiet) as progress:
+            measured = benchmark(
+                model,
+                story.written[0],
+                input_shapes=_shapes(input_shape),
+                seconds=bench_seconds,
+                progress=progress or _mute,
+            )
+        out.print(measured.render())
 
 
 @app.command()
@@ -252,7 +271,7 @@ def bench(
             seed=seed,
             arms=_names(arms),
             profile=profile,
-            progress=progress or (lambda stage: None),
+            progress=progress or _mute,
         )
     out.print(result.render())
     if json is not None:
@@ -319,6 +338,10 @@ def _writable(path: Path | None) -> None:
     """Complain before the work, not after it."""
     if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
         raise InputError(f"cannot write {path}")
+
+
+def _mute(stage: str) -> None:
+    """Say nothing."""
 
 
 @contextmanager

@@ -24,10 +24,14 @@ O = TypeVar("O", bound=Op)  # noqa: E741
 
 
 class Reader(NamedTuple):
-    """Who reads a value: a name for a person, and the op where the vocabulary has one."""
+    """Who reads a value: a name for a person, and the op where the vocabulary has one.
+
+    shape_only: it looks at the value's shape and never at its elements.
+    """
 
     name: str
     op: Op | None
+    shape_only: bool = False
 
 
 @dataclass

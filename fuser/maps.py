@@ -22,6 +22,15 @@ class Map:
     def along(self, axis: int, affine: ChannelAffine | None = None) -> Map:
         return Map(affine or self.affine, None if self.axis is None else axis)
 
+    def then(self, outer: Map) -> Map | None:
+        """x -> outer(self(x)); None where the two work along different axes."""
+        axis = outer.axis if self.axis is None else self.axis
+        channels = max(self.affine.channels, outer.affine.channels)
+        sizes = {self.affine.channels, outer.affine.channels, 1} - {channels}
+        if outer.axis not in (None, axis) or sizes - {1}:
+            return None
+        return Map(self.affine.sized(channels).then(outer.affine.sized(channels)), axis)
+
 
 @dataclass(frozen=True, eq=False)
 class AffineOp:
@@ -74,20 +83,13 @@ def _arithmetic(graph: Graph, op: Elementwise) -> AffineOp | Missed:
     else:
         operand, constant, reverse = op.left, right, False
     if isinstance(constant, Missed):
-        return _why_two(left, right)
+        # One that the caller may replace says more than one that is simply computed.
+        return constant if constant.code != "not-constant" or not isinstance(right, Missed) else right
     affine = _affine(op.function, constant, reverse)
     if isinstance(affine, Missed):
         return affine
     axis = _axis(graph, operand, constant)
     return axis if isinstance(axis, Missed) else AffineOp(operand, Map(affine, axis))
-
-
-def _why_two(*operands: Array | Missed) -> Missed:
-    """Why neither operand is a constant: one that could be told apart from a variable says more."""
-    for found in operands:
-        if isinstance(found, Missed) and found.code != "not-constant":
-            return found
-    return Missed("two-variables", "neither operand is known before run time")
 
 
 def _affine(function: str, constant: Array, reverse: bool) -> ChannelAffine | Missed:

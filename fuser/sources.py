@@ -10,6 +10,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -68,12 +69,28 @@ class Source:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
+class Destination:
+    """Where and how an ONNX model is to be written; see `fuser.files.save`."""
+
+    path: Path
+    layout: Layout = "auto"
+    threshold: int = 1024
+
+    def write(self, model: ModelFile) -> list[str]:
+        """The files that were written."""
+        from fuser import files
+
+        saved = files.save(model, self.path, layout=self.layout, threshold=self.threshold)
+        return [str(path) for path in (self.path, saved.data) if path is not None]
+
+
 class OnnxSource(Source):
     """A model in memory or in a file.
 
     read: gives the model anew, as a `ModelFile` that may be edited in place.
-    hand_back: makes of the edited one what the user expects; None where that is the path of `output`.
-    output: where it is to be written, if anywhere.
+    hand_back: makes of the edited one what the user expects; None where that is the path of the destination.
+    destination: where it is to be written, if anywhere.
     """
 
     def __init__(
@@ -82,12 +99,11 @@ class OnnxSource(Source):
         original: Any,
         read: Callable[[], ModelFile],
         hand_back: Callable[[ModelFile], Any] | None,
-        output: Path | None,
-        layout: Layout,
+        destination: Destination | None,
         freeze_inputs: bool,
     ) -> None:
         super().__init__(name, original)
-        self.hand_back, self.output, self.layout = hand_back, output, layout
+        self.hand_back, self.destination = hand_back, destination
         self._read, self._freeze_inputs = read, freeze_inputs
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
@@ -129,13 +145,11 @@ class _OnnxCandidate(Candidate):
         return files.save(self._edited, self._source.scratch()).path
 
     def finish(self) -> tuple[Any, list[str]]:
-        from fuser import files
-
-        source, written = self._source, []
-        if source.output is not None:
-            saved = files.save(self._edited, source.output, layout=source.layout)
-            written = [str(path) for path in (source.output, saved.data) if path is not None]
-        return source.hand_back(self._edited) if source.hand_back else source.output, written
+        source = self._source
+        written = source.destination.write(self._edited) if source.destination else []
+        if source.hand_back is not None:
+            return source.hand_back(self._edited), written
+        return source.destination.path if source.destination else None, written
 
 
 class TorchSource(Source):
@@ -183,14 +197,16 @@ def open_source(
     dynamic_shapes: Any = None,
     freeze_inputs: bool = False,
     layout: Layout = "auto",
+    threshold: int = 1024,
 ) -> Source:
     """The source for `model`; raises `InputError` for a kind that is not understood, or options it has no use for."""
-    target = None if output is None else Path(output)
+    target = None if output is None else Destination(Path(output), layout, threshold)
     if isinstance(model, (str, os.PathLike)):
-        return _file(Path(model), target, layout, freeze_inputs)
+        path = Path(model)
+        return _file(path, target or Destination(default_output(path), layout, threshold), freeze_inputs)
     kinds = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
     if kinds & {"onnx.ModelProto", "onnx_graphsurgeon.Graph"}:
-        return _in_memory(model, target, layout, freeze_inputs)
+        return _in_memory(model, target, freeze_inputs)
     if not kinds & {"torch.Module", "torch.ExportedProgram"}:
         raise InputError(
             f"cannot optimize a {type(model).__module__}.{type(model).__qualname__}; give the path of an .onnx file, "
@@ -206,14 +222,13 @@ def default_output(path: Path) -> Path:
     return path.with_name(f"{path.name.removesuffix('.onnx')}.fused.onnx")
 
 
-def _file(path: Path, output: Path | None, layout: Layout, freeze_inputs: bool) -> Source:
+def _file(path: Path, destination: Destination, freeze_inputs: bool) -> Source:
     from fuser import files
 
-    output = output or default_output(path)
-    return OnnxSource(path.name, path, lambda: files.load(path), None, output, layout, freeze_inputs)
+    return OnnxSource(path.name, path, lambda: files.load(path), None, destination, freeze_inputs)
 
 
-def _in_memory(model: Any, output: Path | None, layout: Layout, freeze_inputs: bool) -> Source:
+def _in_memory(model: Any, destination: Destination | None, freeze_inputs: bool) -> Source:
     import onnx
 
     from fuser.files import ModelFile
@@ -229,7 +244,7 @@ def _in_memory(model: Any, output: Path | None, layout: Layout, freeze_inputs: b
             return gs.import_onnx(done.to_proto())
 
     return OnnxSource(
-        name or "model", model, lambda: ModelFile.from_proto(model), hand_back, output, layout, freeze_inputs
+        name or "model", model, lambda: ModelFile.from_proto(model), hand_back, destination, freeze_inputs
     )
 
 

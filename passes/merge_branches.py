@@ -10,7 +10,7 @@ fold-batch-norm and fold-affine.  The operator with the larger kernel stays, so 
 
 Refusals:
     geometry       strides, groups, windows or channels do not allow for one kernel
-    shared-output  a branch is read elsewhere, too
+    shared-output  the branch that stays is read elsewhere, too
     not-constant, overridable, quantized, training-mode, rank, axis-mismatch, shape-mismatch, not-finite, hooks,
     shared-weights, unsound: as for fold-batch-norm
 """
@@ -28,17 +28,24 @@ from fuser.affine import ChannelAffine, Constants
 from fuser.graph import Array, Graph
 from fuser.kernels import Kernel, agree
 from fuser.maps import AffineOp, Map, affine_op
-from fuser.ops import BatchNorm, Conv, Elementwise, Linear, Op, Value
+from fuser.ops import BatchNorm, Conv, Elementwise, Linear, Value
 from fuser.remarks import Missed
 from fuser.rewrite import HOOKED, RewritePass
 
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One reading of an operand: `op` applied to `source`, or the source itself."""
+    """One reading of an operand: `op` applied to `source`, or the map of a chain of arithmetic and BatchNorms.
+
+    name: what a person knows it by.
+    hooked: user code watches one of its ops.
+    """
 
     source: Value
-    op: Op | None = None
+    name: str
+    op: Conv | Linear | None = None
+    map: Map = Map(ChannelAffine.identity(1), None)
+    hooked: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,35 +92,40 @@ class MergeBranches(RewritePass[Elementwise, Merge]):
 
 
 def _pairs(graph: Graph, total: Elementwise) -> Iterator[tuple[Branch, Branch]]:
+    """Readings of the two operands that share their source."""
     for left in _branches(graph, total.left):
         for right in _branches(graph, total.right):
-            if left.source is right.source and (_is_linear(left.op) or _is_linear(right.op)):
+            if left.source is right.source and (left.op is not None or right.op is not None):
                 yield left, right
 
 
 def _branches(graph: Graph, value: Value) -> Iterator[Branch]:
     op = graph.op_producing(value)
-    if isinstance(op, Conv | Linear | BatchNorm):
-        yield Branch(op.input, op)
-    elif isinstance(op, Elementwise) and isinstance(found := affine_op(graph, op), AffineOp):
-        yield Branch(found.operand, op)
-    yield Branch(value)
+    if isinstance(op, Conv | Linear):
+        yield Branch(op.input, graph.describe(op), op, hooked=op.hooked)
+    branch: Branch | None = Branch(value, f"{graph.describe(value)} itself")
+    while branch is not None:
+        yield branch
+        branch = _longer(graph, branch)
 
 
-def _is_linear(op: Op | None) -> bool:
-    return isinstance(op, Conv | Linear)
+def _longer(graph: Graph, branch: Branch) -> Branch | None:
+    """The reading that starts one op earlier."""
+    op = graph.op_producing(branch.source)
+    found = affine_op(graph, op) if isinstance(op, BatchNorm | Elementwise) else None
+    if op is None or not isinstance(found, AffineOp):
+        return None
+    m = found.map.then(branch.map)
+    return None if m is None else Branch(found.operand, graph.describe(op), None, m, branch.hooked or op.hooked)
 
 
 def _merge(graph: Graph, total: Elementwise, left: Branch, right: Branch) -> Merge | Missed:
     """The branch with the larger kernel takes the other one."""
-    for branch, operand in ((left, total.left), (right, total.right)):
-        if branch.op is not None and branch.op.hooked:
-            return HOOKED
-        if branch.op is not None and len(graph.readers(operand)) > 1:
-            return Missed("shared-output", f"{graph.describe(operand)} is read by more than this")
+    if left.hooked or right.hooked:
+        return HOOKED
     refused: Missed | None = None
     for host, guest, signs in ((left, right, (1, _sign(total))), (right, left, (_sign(total), 1))):
-        if not isinstance(host.op, Conv | Linear):
+        if host.op is None:
             continue
         found = _take_in(graph, total, host.op, guest, *signs)
         if isinstance(found, Merge):
@@ -130,6 +142,10 @@ def _sign(total: Elementwise) -> int:
 def _take_in(
     graph: Graph, total: Elementwise, op: Conv | Linear, guest: Branch, sign: int, guest_sign: int
 ) -> Merge | Missed:
+    readers = graph.readers(op.output)
+    if len(readers) > 1:
+        names = ", ".join(dict.fromkeys(reader.name for reader in readers))
+        return Missed("shared-output", f"{graph.describe(op.output)} is read by more than this: {names}")
     host = _kernel(graph, op)
     if isinstance(host, Missed):
         return host
@@ -149,8 +165,7 @@ def _take_in(
     arrays = {"weight": new.weight.T if _is_turned(op) else new.weight}
     if op.bias is not None or new.bias.any():
         arrays["bias"] = new.bias
-    name = f"{graph.describe(guest.source)} itself" if guest.op is None else graph.describe(guest.op)
-    return Merge(total, op, arrays, name)
+    return Merge(total, op, arrays, guest.name)
 
 
 def _kernel(graph: Graph, op: Conv | Linear) -> Kernel | Missed:
@@ -176,16 +191,11 @@ def _is_turned(op: Conv | Linear) -> bool:
 
 
 def _guest_kernel(graph: Graph, guest: Branch, host_op: Conv | Linear, host: Kernel) -> Kernel | Missed:
-    if isinstance(guest.op, Conv | Linear):
+    if guest.op is not None:
         if type(guest.op) is not type(host_op):
             return Missed("geometry", "a convolution and a matrix product work along different axes")
         return _kernel(graph, guest.op)
-    m = Map(ChannelAffine.identity(1), None)
-    if isinstance(guest.op, BatchNorm | Elementwise):
-        found = affine_op(graph, guest.op)
-        if isinstance(found, Missed):
-            return found
-        m = found.map
+    m = guest.map
     if m.axis is not None:
         rank = graph.rank(host_op.output)
         expected = rank - 1 if rank is not None and isinstance(host_op, Linear) else 1

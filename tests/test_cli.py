@@ -88,6 +88,22 @@ def test_the_report_is_json_with_the_whole_story(folder: Path) -> None:
     assert story["written"] == [str(folder / "net.fused.onnx")]
 
 
+def test_external_data_and_single_file(folder: Path) -> None:
+    done = fuser("optimize", folder / "net.onnx", folder / "a.onnx", "--external-data", "--threshold", "16")
+    assert done.returncode == 0, done.stderr
+    assert sorted(os.listdir(folder)) == ["a.onnx", "a.onnx.data", "net.onnx"]
+    assert f"wrote {folder / 'a.onnx.data'}" in done.stdout
+    assert fuser("optimize", folder / "a.onnx", folder / "b.onnx", "--single-file").returncode == 0
+    assert op_types(onnx.load(folder / "b.onnx").graph) == ["Conv", "Relu"]
+    assert not (folder / "b.onnx.data").exists()
+
+
+def test_bench_measures_what_was_written(folder: Path) -> None:
+    done = fuser("optimize", folder / "net.onnx", "--bench", "--bench-seconds", "0.2")
+    assert done.returncode == 0, done.stderr
+    assert "after / before" in done.stdout
+
+
 def test_passes_and_skip(folder: Path) -> None:
     done = fuser("optimize", folder / "net.onnx", "--skip", "fold-batch-norm")
     assert done.returncode == 0
@@ -172,7 +188,7 @@ def test_bad_input(command: str, case: str, folder: Path) -> None:
         (["--skip", "nothing"], "there is no pass 'nothing'"),
         (["--input-shape", "x=1,3"], "--input-shape takes NAME:1,3,224,224"),
         (["--on-failure", "ignore"], "on_failure is one of rollback, abort"),
-        (["--layout", "both"], "layout is one of auto, single, external"),
+        (["--verify", "maybe"], "--verify takes auto, whole or none"),
         (["--shared-weights", "maybe"], "shared_weights is one of copy, refuse"),
         (["--report", "no/such/folder/r.json"], "cannot write"),
     ],

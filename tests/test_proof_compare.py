@@ -30,7 +30,7 @@ def test_noise_like_the_originals_passes_and_more_does_not() -> None:
 
 def test_without_noise_a_rounding_of_the_output_is_allowed_and_not_much_more() -> None:
     assert Judge(TRUTH, [], U).judge(TRUTH * (1 + U)).fine
-    assert not Judge(TRUTH, [], U).judge(TRUTH * (1 + 4 * U)).fine
+    assert not Judge(TRUTH, [], U).judge(TRUTH * (1 + 8 * U)).fine
     assert Judge(TRUTH, [], unit_roundoff(np.float16)).judge(TRUTH.astype(np.float16)).fine
 
 
@@ -80,7 +80,7 @@ def test_another_shape_fails_unless_rounding_decides_the_shape() -> None:
 
 
 def test_a_scalar_and_an_empty_output() -> None:
-    assert Judge(np.array(1.0), [np.array(1.0 + U)], U).judge(np.array(1.0 + 4 * U)).fine
+    assert Judge(np.array(1.0), [np.array(1.0 + U)], U).judge(np.array(1.0 + 8 * U)).fine
     assert not Judge(np.array(1.0), [np.array(1.0 + U)], U).judge(np.array(1.0 + 40 * U)).fine
     assert Judge(np.zeros((0, 3)), [], U).judge(np.zeros((0, 3))).fine
 

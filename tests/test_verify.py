@@ -254,6 +254,28 @@ def test_a_difference_of_random_models_proves_nothing(verify: Any) -> None:
     assert verify(parse(seeded[0]), parse(seeded[1])).verdict == "different"
 
 
+def test_noise_as_large_as_the_output_proves_nothing(verify: Any) -> None:
+    """The difference of two products that are equal but for rounding, magnified."""
+    text = """g (float[8,64] x) => (float[8,64] y) {
+        p = MatMul (x, a)  q = MatMul (p, b)  r = MatMul (x, c)  s = Sub (q, r)  y = Mul (s, k) }"""
+    a, b = RNG.standard_normal((2, 64, 64)).astype(np.float32)
+    made = {"a": a, "b": b, "c": (a.astype(np.float64) @ b).astype(np.float32), "k": np.array(1e6, np.float32)}
+    result = verify(parse(text, **made), parse(text, **made))
+    assert result.verdict == "unverifiable" and "rounding alone" in result.reason
+
+
+def test_a_legal_model_on_which_the_runtime_crashes(verify: Any) -> None:
+    """BatchNormalization before opset 14 may name its further outputs as empty."""
+    text = "g (float[N,3,4,4] x) => (float[N,3,4,4] y) { y = BatchNormalization (x, s, b, m, v) }"
+    parameters = {name: RNG.uniform(0.5, 1.5, 3).astype(np.float32) for name in "sbmv"}
+    odd = parse(text, opset=9, **parameters)
+    odd.graph.node[0].output.extend([""] * 4)
+    assert verify(odd, parse(text, opset=9, **parameters)).passed
+    assert verify(odd, odd).passed
+    wrong = parse(text, opset=9, **{**parameters, "v": parameters["v"] * np.float32(1.01)})
+    assert verify(odd, wrong).verdict == "different"
+
+
 def test_sequences_and_strings(verify: Any) -> None:
     graph = helper.make_graph(
         [helper.make_node("SequenceAt", ["xs", "i"], ["a"]), helper.make_node("SplitToSequence", ["a"], ["y"])],
@@ -302,7 +324,7 @@ def test_bad_options(verify: Any, options: dict[str, Any], message: str) -> None
 
 
 def test_bad_models(verify: Any, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="missing.onnx"):
+    with pytest.raises(InputError, match=r"missing\.onnx"):
         verify(tmp_path / "missing.onnx", linear())
     with pytest.raises(InputError, match=r"cannot verify a builtins.int"):
         verify(linear(), 3)

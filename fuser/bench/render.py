@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 
 from rich.console import Console, Group, RenderableType
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -59,20 +60,20 @@ def _parts(benchmark: Benchmark) -> Iterator[RenderableType]:
 
 
 def _models(benchmark: Benchmark) -> Table:
-    table = Table("", *(f"{_label(benchmark, r)}: {name}" for r, name in benchmark.names.items()), title="Models")
+    names = [escape(f"{_label(benchmark, role)}: {name}") for role, name in benchmark.names.items()]
+    table = Table("", *names, title="Models")
     costs = benchmark.costs.values()
     if any(c.file_bytes is not None for c in costs):
         table.add_row("file", *(byte_count(c.file_bytes) for c in costs))
     table.add_row("nodes", *(str(c.nodes) for c in costs))
     table.add_row("parameters", *(count(c.parameters) for c in costs))
     table.add_row("multiply-adds", *(count(c.multiply_adds) for c in costs))
-    names = dict.fromkeys(op for c in costs for op in c.ops)
-    for op in names:
+    for op in dict.fromkeys(op for c in costs for op in c.ops):
         numbers = [c.ops.get(op, 0) for c in costs]
         if len(set(numbers)) > 1:
-            table.add_row(f"  {op}", *map(str, numbers))
+            table.add_row(escape(f"  {op}"), *map(str, numbers))
     inputs = ", ".join(f"{name} {text}" for name, text in benchmark.inputs.items())
-    table.caption = f"inputs: {inputs}"
+    table.caption = escape(f"inputs: {inputs}")
     return table
 
 
@@ -127,7 +128,7 @@ def _profile(result: ArmResult) -> Table:
     slowest = sorted(times, key=lambda name: -max(x.seconds for x in times[name].values()))
     for name in slowest[:_TOP]:
         found = [times[name].get(role) for role in result.profile]
-        table.add_row(name, *(f"{seconds(x.seconds)} in {x.count}" if x else "-" for x in found))
+        table.add_row(escape(name), *(f"{seconds(x.seconds)} in {x.count}" if x else "-" for x in found))
     return table
 
 
@@ -145,7 +146,7 @@ def _machine(benchmark: Benchmark) -> str:
 
 def interval(x: Interval) -> str:
     """A ratio and its interval: 0.812 [0.801, 0.824]."""
-    return f"{x.ratio:.3f} \\[{x.low:.3f}, {x.high:.3f}]"
+    return f"{x.ratio:.3f} [{x.low:.3f}, {x.high:.3f}]"
 
 
 def seconds(x: float | None) -> str:

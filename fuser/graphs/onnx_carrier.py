@@ -7,6 +7,7 @@ from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
+from google.protobuf.message import Message
 from onnx import AttributeProto, GraphProto, NodeProto
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
@@ -59,7 +60,7 @@ def _patch_nodes(scope: Scope, wiring: Wiring, origins: Mapping[int, Sequence[st
         if id(node) in origins:
             _record_origins(proto, origins[id(node)], ir_version)
         kept.append(proto)
-    _refill(scope.proto.node, kept)
+    _refill(scope.proto, "node", kept)
 
 
 def _patch_node(node: gs.Node, proto: NodeProto) -> None:
@@ -87,12 +88,12 @@ def _patch_tensors(scope: Scope, graph: GraphProto, wiring: Wiring, removed_inpu
     initializers = {tensor.name for tensor in graph.initializer}
     unwanted = removed_inputs | (dropped & initializers)
     if dropped:
-        _refill(graph.initializer, [t for t in graph.initializer if t.name not in dropped])
-        _refill(graph.value_info, [v for v in graph.value_info if v.name not in dropped])
+        _refill(graph, "initializer", [t for t in graph.initializer if t.name not in dropped])
+        _refill(graph, "value_info", [v for v in graph.value_info if v.name not in dropped])
         annotations = [q for q in graph.quantization_annotation if q.tensor_name not in dropped]
-        _refill(graph.quantization_annotation, annotations)
+        _refill(graph, "quantization_annotation", annotations)
     if unwanted:
-        _refill(graph.input, [info for info in graph.input if info.name not in unwanted])
+        _refill(graph, "input", [info for info in graph.input if info.name not in unwanted])
     for tensor in new:
         proto = tensor_proto(tensor)
         assert proto is not None
@@ -101,12 +102,12 @@ def _patch_tensors(scope: Scope, graph: GraphProto, wiring: Wiring, removed_inpu
             graph.input.append(onnx.helper.make_tensor_value_info(proto.name, proto.data_type, list(proto.dims)))
 
 
-def _refill(field: Any, items: list[Any]) -> None:
+def _refill(message: Message, field: str, items: list[Any]) -> None:
     """Replace the content of a repeated field; in linear time, where deleting one by one is not."""
-    if len(items) == len(field) and all(a is b for a, b in zip(items, field, strict=True)):
+    old = getattr(message, field)
+    if len(items) == len(old) and all(a is b for a, b in zip(items, old, strict=True)):
         return
-    copies = [type(item)() for item in items]
-    for copy, item in zip(copies, items, strict=True):
-        copy.CopyFrom(item)
-    del field[:]
-    field.extend(copies)
+    new = getattr(type(message)(), field)
+    new.extend(items)
+    del old[:]
+    old.MergeFrom(new)

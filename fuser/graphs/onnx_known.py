@@ -25,7 +25,7 @@ from fuser.graphs.onnx_values import (
     numpy_dtype,
     type_and_shape,
 )
-from fuser.graphs.onnx_wiring import Scope, Wiring, is_standard
+from fuser.graphs.onnx_wiring import Scope, Wiring, has_references, is_standard
 from fuser.remarks import Missed
 
 SMALL = 1 << 20
@@ -90,16 +90,14 @@ class KnownValues:
         scope = self._wiring.scope(node)
         if not is_standard(node) or scope.frozen or scope.opset < OLDEST_OPSET:
             return False
-        if any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values()):
-            return False
         if node.op == "Constant":
-            return bool(node.attrs) and "sparse_value" not in node.attrs
+            return bool(node.attrs) and "sparse_value" not in node.attrs and not has_references(node)
         if node.op not in EVALUABLE or not node.inputs:
             return False
-        return all(
-            tensor.is_empty() or tensor in self or self._stand_in(node, position) is not None
-            for position, tensor in enumerate(node.inputs)
-        )
+        for position, tensor in enumerate(node.inputs):  # mostly the first one decides
+            if id(tensor) not in self._known and not tensor.is_empty() and self._stand_in(node, position) is None:
+                return False
+        return not has_references(node)
 
     def evaluate(self, value: gs.Tensor) -> Array:
         """The value of a known tensor; without recursion, for chains of any length.  Raises `CannotEvaluate`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -120,6 +121,7 @@ def elements(shape: Shape) -> int | None:
     return math.prod(dim for dim in shape if isinstance(dim, int))
 
 
+@cache
 def numpy_dtype(element_type: int) -> np.dtype[Any] | None:
     """The dtype of an ONNX element type, from ml_dtypes where numpy has none; None for what has no size."""
     try:

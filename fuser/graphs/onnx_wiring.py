@@ -305,6 +305,11 @@ def is_standard(node: gs.Node) -> bool:
     return node.domain in (None, "", "ai.onnx")
 
 
+def has_references(node: gs.Node) -> bool:
+    """Whether an attribute is decided by the caller of the function that the node is in."""
+    return any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values())
+
+
 def initializer_names(graph: GraphProto) -> set[str]:
     return {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
 

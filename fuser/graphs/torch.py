@@ -9,28 +9,33 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-import torch.nn.functional as F
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 from torch.fx.node import map_arg
 
 from fuser.graph import Array, Dim, Reader, Summary
-from fuser.graphs.torch_calls import Signature, aten, bind, signature, write
+from fuser.graphs.torch_calls import aten, bind, signature
 from fuser.graphs.torch_carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
 from fuser.graphs.torch_constants import Constants
-from fuser.graphs.torch_copy import Copier, shallow
+from fuser.graphs.torch_copy import Copier
 from fuser.graphs.torch_facts import Facts, common_dtype
 from fuser.graphs.torch_meta import TensorLike, Values, have_one_layout, meta_tensor
 from fuser.graphs.torch_names import is_tuple, name_sites, operator_name
-from fuser.graphs.torch_purity import can_be_dropped, is_fresh, is_guard, is_private, may_be_written
+from fuser.graphs.torch_operands import BiasAdd, as_parameter, factors, new_constant, set_operands
+from fuser.graphs.torch_purity import (
+    can_be_dropped,
+    is_fresh,
+    is_guard,
+    is_private,
+    may_be_written,
+    written_operands,
+)
 from fuser.graphs.torch_readers import (
-    MODULE_OPERANDS,
     MODULE_READERS,
-    OPERANDS,
     READERS,
     Call,
     Literal,
@@ -40,20 +45,12 @@ from fuser.graphs.torch_readers import (
     module_class,
 )
 from fuser.graphs.torch_tracing import trace
-from fuser.graphs.torch_values import is_readable, to_array, to_tensor
+from fuser.graphs.torch_values import is_readable, to_array
 from fuser.graphs.torch_wiring import Wiring
 from fuser.ops import Constant, Dead, Identity, Op, Reshape, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
-
-
-class BiasAdd(NamedTuple):
-    """The addition that gives a matrix product its bias."""
-
-    add: fx.Node
-    bias: fx.Node
-    argument: str
 
 
 class TorchGraph:
@@ -104,12 +101,8 @@ class TorchGraph:
         elif kind is Dead:
             yield from cast(Iterator[O], self._dead_ops())
         else:
-            for node in self._wiring.order:
-                if (
-                    self._wiring.is_erased(node)
-                    or not issubclass(self._kind(node), kind)
-                    or self._constants.is_known(node)
-                ):
+            for node in self._wiring.alive():
+                if self._constants.is_known(node) or not issubclass(self._kind(node), kind):
                     continue
                 op = self.read(node)
                 if isinstance(op, kind) and op.node is node:
@@ -191,9 +184,8 @@ class TorchGraph:
         return repr(x.name if isinstance(x, fx.Node) else str(x))
 
     def summary(self) -> Summary:
-        summary = Summary(
-            dict(Counter(filter(None, (operator_name(node, self._called(node)) for node in self._wiring.alive()))))
-        )
+        names = (operator_name(node, self._called(node)) for node in self._wiring.alive())
+        summary = Summary(dict(Counter(name for name in names if name)))
         stored = {id(tensor): tensor for tensor in self._carrier.tensors()}
         for tensor in stored.values():
             summary.bytes += tensor.numel() * tensor.element_size()
@@ -229,9 +221,9 @@ class TorchGraph:
 
     def first_output(self, node: fx.Node, alone: bool) -> fx.Node:
         """The first element of a node that returns several; `alone`: where nobody reads the others."""
-        parts = [user for user in node.users if user.users or user.args[1] == 0]
-        first = [part for part in parts if part.target is operator.getitem and part.args[1] == 0]
-        if len(first) != 1 or (alone and parts != first):
+        parts = [(user.target is operator.getitem and user.args[1], user) for user in node.users]
+        first = [user for index, user in parts if index == 0 and index is not False]
+        if len(first) != 1 or (alone and any(user.users for _, user in parts if user is not first[0])):
             raise Unreadable
         return first[0]
 
@@ -242,7 +234,7 @@ class TorchGraph:
         """
         if len(product.users) != 1:
             return None
-        add = next(iter(product.users))
+        (add,) = product.users
         found = signature(add)
         arguments = bind(add, found) if found is not None and found.name in ("add", "add_") else None
         if arguments is None or arguments["alpha"] != 1:
@@ -251,9 +243,9 @@ class TorchGraph:
         bias = arguments[argument]
         if not isinstance(bias, fx.Node) or bias is product or not self.is_known(bias):
             return None
-        weight, shape = self.shape(product.args[1]), self.shape(bias)
-        fits = weight is not None and shape is not None and (len(shape) == 0 or shape in ((1,), weight[1:]))
-        if not fits or self.dtype(bias) != self.dtype(cast(fx.Node, product.args[1])):
+        _, weight = factors(product)
+        features, shape = self.shape(weight), self.shape(bias)
+        if features is None or shape not in ((), (1,), features[1:]) or self.dtype(bias) != self.dtype(weight):
             return None
         return BiasAdd(add, bias, argument)
 
@@ -274,11 +266,7 @@ class TorchGraph:
     # -- editing
 
     def set_constants(self, op: Op, **arrays: Array) -> None:
-        node: fx.Node = op.node
-        if node.op == "call_module":
-            self._give_module(op, arrays)
-        else:
-            self._give_arguments(op, arrays)
+        set_operands(self, self._wiring, self._constants, op, arrays)
         self.edits += 1
 
     def replace(self, op: Op, by: Value) -> None:
@@ -303,7 +291,7 @@ class TorchGraph:
         tensor = value.detach()
         if _memory(tensor) in map(_memory, like) and tensor.nbytes != tensor.untyped_storage().nbytes():
             tensor = tensor.clone()  # a slice would keep the whole alive; a transposed weight may share its memory
-        constant = self._new_constant(node, node.name, _as_parameter(tensor, like))
+        constant = new_constant(self._wiring, self._constants, node, node.name, as_parameter(tensor, like))
         users = list(node.users)
         node.replace_all_uses_with(constant)
         self._wiring.erase(node)
@@ -323,10 +311,10 @@ class TorchGraph:
 
     def _constant_ops(self) -> Iterator[Constant]:
         """Known nodes at the edge: what only feeds others of their kind goes with them."""
-        for node in self._wiring.order:
-            if self._wiring.is_erased(node) or not self._is_expression(node) or _is_output(node):
+        for node in self._wiring.alive():
+            if not self._is_expression(node) or _is_output(node):
                 continue
-            if not any(user.op == "output" or not self._constants.is_known(user) for user in node.users):
+            if all(self._constants.is_known(user) for user in node.users):
                 continue
             value = self._computed(node)
             if value is not None:
@@ -415,91 +403,11 @@ class TorchGraph:
 
     # -- editing, inside
 
-    def _give_module(self, op: Op, arrays: dict[str, Array]) -> None:
-        """Let the call site call a module of its own."""
-        node: fx.Node = op.node
-        old = cast(nn.Module, self._called(node))
-        names = MODULE_OPERANDS[type(op)]
-        module = shallow(old)
-        for field, array in arrays.items():
-            name = names[field]
-            like = getattr(old, name, None)
-            if name in module._buffers:
-                module._buffers[name] = to_tensor(array, cast(torch.Tensor, like))
-            else:
-                like = like if isinstance(like, torch.Tensor) else next(old.parameters())
-                module._parameters[name] = cast(nn.Parameter, _as_parameter(to_tensor(array, like), [like]))
-        self._wiring.call_own(node, module)
-
-    def _give_arguments(self, op: Op, arrays: dict[str, Array]) -> None:
-        node: fx.Node = op.node
-        found = cast(Signature, signature(node))
-        if found.name in ("mm", "matmul") and "bias" in arrays:
-            bias = self.bias_add(node)
-            if bias is None:
-                self._give_bias(op, found, arrays)
-                return
-            arrays = dict(arrays)
-            old = bias.bias
-            new = self._constant_for(bias.add, "bias", arrays.pop("bias"), old, op)
-            write(bias.add, cast(Signature, signature(bias.add)), bias.argument, new)
-            self._wiring.loosen(old)
-        for field, array in arrays.items():
-            self._give_argument(op, found, field, array)
-        if found.name == "addmm":
-            node.kwargs = {name: value for name, value in node.kwargs.items() if name not in ("alpha", "beta")}
-
-    def _give_argument(self, op: Op, found: Signature, field: str, array: Array) -> None:
-        node: fx.Node = op.node
-        name = OPERANDS[found.name][field]
-        old = (bind(node, found) or {})[name]
-        write(node, found, name, self._constant_for(node, field, array, old, op))
-        if isinstance(old, fx.Node):
-            self._wiring.loosen(old)
-
-    def _give_bias(self, op: Op, found: Signature, arrays: dict[str, Array]) -> None:
-        """A matrix product with a bias is another operator: `addmm`, or `linear` where there are batch axes."""
-        node: fx.Node = op.node
-        data, weight = cast(tuple[fx.Node, fx.Node], tuple((bind(node, found) or {}).values())[:2])
-        is_aten = isinstance(node.target, OpOverload)
-        array = arrays.get("weight")
-        bias = self._constant_for(node, "bias", arrays["bias"], None, op)
-        if found.name == "mm":
-            new = weight if array is None else self._constant_for(node, "weight", array, weight, op)
-            target: Any = aten.addmm.default if is_aten else torch.addmm
-            args = (bias, data, new)
-        else:
-            if array is None:
-                array = cast(Array, self.constant(weight))
-            new = self._constant_for(node, "weight", array.T, weight, op)
-            target, args = aten.linear.default if is_aten else F.linear, (data, new, bias)
-        self._wiring.become(node, target, *args)
-
-    def _constant_for(self, user: fx.Node, field: str, array: Array, old: Any, op: Op) -> fx.Node:
-        """A new constant for one operand, like the one it takes the place of, or like another of the op's."""
-        operands = [old, *(value for value in vars(op).values() if isinstance(value, fx.Node))]
-        source = next((x for x in operands if isinstance(x, fx.Node) and self._constants.is_known(x)), None)
-        if source is None:
-            device = next((tensor.device for tensor in self._carrier.tensors()), None)
-            return self._new_constant(user, f"{user.name}_{field}", to_tensor(array, torch.empty(0, device=device)))
-        leaves = self._constants.leaves(source)
-        target = self._carrier.target(leaves[0]) if len(leaves) == 1 else None
-        if target is None:
-            base = f"{user.name}_{field}"
-        else:
-            base = target if source is old else f"{target.rpartition('.')[0]}.{field}".lstrip(".")
-        like = cast(torch.Tensor, self._constants.value(source))
-        return self._new_constant(user, base, _as_parameter(to_tensor(array, like), self._constants.tensors(source)))
-
-    def _new_constant(self, user: fx.Node, base: str, tensor: torch.Tensor) -> fx.Node:
-        made = self._wiring.new_constant(user, base, tensor)
-        for node in made.values():
-            self._constants.learn(node)
-        return made[user.graph]
-
     def _may_share(self, output: fx.Node, by: fx.Node) -> bool:
         """Whether it makes no difference that writing into one of the two would be seen in the other."""
-        if self.is_private(by, output) or not is_fresh(output, self._called(output)):
+        written = written_operands(output, self._called(output))
+        are_one = not is_fresh(output, self._called(output)) and written in ([], [by])
+        if are_one or self.is_private(by, output):
             return True
         return not (may_be_written(output, self._called) or may_be_written(by, self._called))
 
@@ -543,14 +451,6 @@ class TorchGraph:
                 if user.target is operator.getitem and not user.users:
                     self._wiring.erase(user)
             self._wiring.erase(node)
-
-
-def _as_parameter(tensor: torch.Tensor, likes: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What is made of parameters is a parameter, trainable where they are."""
-    if not any(isinstance(like, nn.Parameter) for like in likes):
-        return tensor
-    trainable = tensor.is_floating_point() or tensor.is_complex()
-    return nn.Parameter(tensor, requires_grad=trainable and any(like.requires_grad for like in likes))
 
 
 def _memory(tensor: torch.Tensor) -> int:

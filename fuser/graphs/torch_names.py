@@ -28,7 +28,8 @@ def name_sites(
         name = path if path and is_alone else f"{path} ({node.name})" if path else node.name
         label = scopes[node.graph].label
         sites[node] = f"{label}.{name}" if label else name
-    return sites
+    taken = Counter(sites.values())  # a function in the outermost forward may be called what a module is called
+    return {node: name if taken[name] == 1 else f"{name} ({node.name})" for node, name in sites.items()}
 
 
 def operator_name(node: fx.Node, module: nn.Module | None) -> str:

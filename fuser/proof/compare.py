@@ -29,13 +29,13 @@ from fuser.proof.rounding import unit_roundoff
 
 Array = np.ndarray[Any, Any]
 
-FACTOR = 4.0
-"""How many times the noise a candidate may show, where the noise is averaged over `CROWD` elements or more."""
-FACTOR_ALONE = 8.0
-"""The same for fewer elements, where one lucky evaluation makes the noise look small."""
-ROUNDINGS = 2.0
-"""Roundings of its own magnitude that are allowed to any output."""
+FACTOR = 8.0
+"""How many times the noise a candidate may show.  Errors within a group are not independent (a rounded bias moves a
+whole channel), so a lucky evaluation can make the noise look small however many elements there are."""
+ROUNDINGS = 4.0
+"""Roundings of its own magnitude that are allowed to any output: a fold computed in the stored type has as many."""
 CROWD = 32
+"""Elements that a group must have to be judged by itself."""
 BLIND = 0.5
 """Noise over signal from which on passing proves nothing."""
 
@@ -97,12 +97,12 @@ class Figures:
 class Judgement:
     """What came of one output: `excess` above 1 fails, and `problem` says how, for a person.
 
-    noise: the root mean square of the noise over that of the reference.
+    noise: the root mean square of the noise over that of the reference; None where that is zero, and for integers.
     """
 
     excess: float = 0.0
     problem: str = ""
-    noise: float = 0.0
+    noise: float | None = None
 
     @property
     def fine(self) -> bool:
@@ -153,7 +153,7 @@ class Judge:
         error = np.where(finite, _error(candidate, reference), 0.0)
         excess = _excess(error, noise, np.where(finite, np.abs(reference), 0.0), self.roundoff)
         size = float(_rms(np.where(finite, reference, 0.0), tuple(range(reference.ndim))))
-        share = float(_rms(noise, tuple(range(noise.ndim)))) / size if size else 0.0
+        share = float(_rms(noise, tuple(range(noise.ndim)))) / size if size else None
         if excess <= 1:
             return Judgement(excess, noise=share)
         return Judgement(
@@ -241,11 +241,9 @@ def _excess(error: Array, noise: Array, scale: Array, roundoff: float) -> float:
     """The largest ratio of what is found to what is allowed, over all groups of elements and both statistics."""
     worst = 0.0
     for axes in _groups(error.shape):
-        size = math.prod(error.shape[axis] for axis in axes)
-        factor = FACTOR if size >= CROWD else FACTOR_ALONE
         for statistic in (_rms, _max):
             found = statistic(error, axes)
-            allowed = factor * statistic(noise, axes) + ROUNDINGS * roundoff * statistic(scale, axes)
+            allowed = FACTOR * statistic(noise, axes) + ROUNDINGS * roundoff * statistic(scale, axes)
             with np.errstate(divide="ignore", invalid="ignore"):
                 ratio = np.where(found > 0, found / allowed, 0.0)
             worst = max(worst, float(ratio.max(initial=0.0)))

@@ -9,6 +9,8 @@ import numpy as np
 
 Array = np.ndarray[Any, Any]
 
+_EVALUATION = 2.0**-44
+"""The error of a float64 evaluation of some hundred roundings: what is judged by it is not judged finer."""
 _SMALL = 16
 """A constant with no more elements, all of them short numbers (1, 0.5, 224), is taken as meant: a size, a factor."""
 
@@ -16,6 +18,11 @@ _SMALL = 16
 def unit_roundoff(dtype: Any) -> float:
     """The largest relative error of one rounding to `dtype`: 2**-24 for float32, 2**-11 for float16."""
     return float(_info(dtype).eps) / 2
+
+
+def roundoff(dtype: Any) -> float:
+    """`unit_roundoff`, but never below what a whole float64 evaluation rounds."""
+    return max(unit_roundoff(dtype), _EVALUATION)
 
 
 def largest(dtype: Any) -> float:
@@ -40,13 +47,13 @@ class Nudge:
         wide = value.astype(np.float64)
         if value.size <= _SMALL and _is_short(wide):
             return wide
-        return self._move(wide, unit_roundoff(value.dtype))
+        return self._move(wide, roundoff(value.dtype))
 
     def cast(self, value: Array, dtype: np.dtype[Any]) -> Array:
         """What a Cast to `dtype` gave (kept in float64), moved by the rounding that was left out."""
         if value.dtype != np.float64 or dtype == np.float64 or (value.size <= _SMALL and _is_short(value)):
             return value
-        return self._move(value, unit_roundoff(dtype))
+        return self._move(value, roundoff(dtype))
 
     def _move(self, value: Array, size: float) -> Array:
         return np.asarray(value * (1 + self._scale * size * self._rng.uniform(-1, 1, value.shape)))

@@ -45,13 +45,15 @@ class Side(Protocol):
 
     output_names: names of the outputs, in order.
     runner: how it is run.
+    is_seeded: whether two models that draw alike draw the same numbers.
     """
 
     output_names: list[str]
     runner: Runner
+    is_seeded: bool
 
     def is_random(self) -> bool:
-        """Whether it draws random numbers that differ from model to model."""
+        """Whether it draws random numbers."""
         ...
 
     def lost_by(self, after: Any) -> list[str]:
@@ -94,6 +96,8 @@ class Side(Protocol):
 class OnnxSide:
     """An ONNX model."""
 
+    is_seeded = False  # the seed that a runtime chooses for a node depends on the other nodes
+
     def __init__(
         self,
         model: files.ModelFile,
@@ -127,7 +131,7 @@ class OnnxSide:
         return self._specs
 
     def is_random(self) -> bool:
-        """See `Side.is_random`: the seed that a runtime chooses may depend on the other nodes."""
+        """See `Side.is_random`: without a seed of its own."""
         nodes = _nodes(self.model.proto.graph)
         return any(node.op_type in _RANDOM and all(a.name != "seed" for a in node.attribute) for node in nodes)
 
@@ -266,21 +270,22 @@ def open_sides(
 ) -> tuple[Any, Any]:
     """Both models, opened; `stack` closes them."""
 
-    def open_one(model: Any) -> Any:
+    sides: list[Any] = [None, None]
+    for index, model in enumerate((before, after)):
         if is_onnx(model):
             file, path = _open_onnx(stack, model)
-            return OnnxSide(file, path, worker, timeout, input_shapes, removed_inputs)
-        if any(kind.__module__.split(".")[0] == "torch" for kind in type(model).__mro__):
-            from fuser.proof.torch_side import open_torch
+            sides[index] = OnnxSide(file, path, worker, timeout, input_shapes, removed_inputs)
+        elif not any(kind.__module__.split(".")[0] == "torch" for kind in type(model).__mro__):
+            raise InputError(
+                f"cannot verify a {type(model).__module__}.{type(model).__qualname__}; give the path of an .onnx file, "
+                "an onnx.ModelProto, a torch.nn.Module, a torch.fx.GraphModule or an ExportedProgram"
+            )
+    if None in sides:
+        from fuser.proof.torch_side import TorchSide, arguments_for
 
-            if (side := open_torch(model, example_inputs, example_kwargs)) is not None:
-                return side
-        raise InputError(
-            f"cannot verify a {type(model).__module__}.{type(model).__qualname__}; give the path of an .onnx file, "
-            "an onnx.ModelProto, a torch.nn.Module, a torch.fx.GraphModule or an ExportedProgram"
-        )
-
-    return open_one(before), open_one(after)
+        arguments = arguments_for((before, after), example_inputs, example_kwargs)
+        sides = [side or TorchSide(model, arguments) for side, model in zip(sides, (before, after), strict=True)]
+    return sides[0], sides[1]
 
 
 def is_onnx(model: Any) -> bool:

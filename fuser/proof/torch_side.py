@@ -46,8 +46,7 @@ class TorchRunner:
             except Exception as error:
                 answers.append([Failure("unsupported", f"no float64 copy: {first_line(error)}")] * len(sets))
                 continue
-            with InFloat64():  # type: ignore[no-untyped-call]
-                answers.append([self._run(wide, values, wide=True) for values in sets])
+            answers.append([self._run(wide, values, wide=True) for values in sets])
         return answers
 
     def _run(self, module: torch.nn.Module, values: Feeds, *, wide: bool = False, seed: int = 0) -> Outcome:
@@ -55,7 +54,8 @@ class TorchRunner:
         try:
             with torch.no_grad(), torch.random.fork_rng(), torch.autocast("cpu", enabled=False), _undisturbed(module):
                 torch.manual_seed(seed)
-                returned = module(*args, **kwargs)
+                with InFloat64() if wide else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+                    returned = module(*args, **kwargs)
         except Exception as error:
             return Failure("refused", first_line(error))
         leaves = pytree.tree_leaves(returned)
@@ -86,7 +86,10 @@ class Arguments:
 class TorchSide:
     """A module, a GraphModule or an ExportedProgram."""
 
-    def __init__(self, module: torch.nn.Module, arguments: Arguments) -> None:
+    is_seeded = True
+
+    def __init__(self, model: torch.nn.Module | torch.export.ExportedProgram, arguments: Arguments) -> None:
+        module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.arguments = arguments
         self.runner: Any = TorchRunner(module, arguments)
         # The outputs are known once it has been run on the examples.
@@ -100,7 +103,7 @@ class TorchSide:
         self.output_names = _output_names(returned)
 
     def is_random(self) -> bool:
-        """See `Side.is_random`: both modules start from one seed, but may draw in another order."""
+        """See `Side.is_random`: told by two seeds."""
         one, other = (self.runner.run([self.arguments.examples], seed=seed)[0] for seed in (0, 1))
         return any(not np.array_equal(x, y) for x, y in zip(one, other, strict=True))
 
@@ -165,26 +168,24 @@ class TorchSide:
         return output.dtype
 
 
-def open_torch(
-    model: Any, example_inputs: Sequence[Any] | None, example_kwargs: Mapping[str, Any] | None
-) -> TorchSide | None:
-    """The side for a torch model; None for anything else.  Raises `InputError` where there are no example inputs."""
-    args, kwargs = example_inputs, example_kwargs
-    if isinstance(model, torch.export.ExportedProgram):
-        if args is None and model.example_inputs is not None:
-            args, kwargs = model.example_inputs
-        model = model.module()
-    if not isinstance(model, torch.nn.Module):
-        return None
-    if args is None and isinstance(model, torch.fx.GraphModule):
-        args = _from_metadata(model)
-    if args is None:
-        raise InputError(
-            f"a {type(model).__name__} says nothing of its inputs: give example_inputs=(x, ...), as for its call"
-        )
-    if not isinstance(args, (tuple, list)):
-        raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(args).__name__}")
-    return TorchSide(model, Arguments(args, kwargs or {}))
+def arguments_for(
+    models: Sequence[Any], example_inputs: Sequence[Any] | None, example_kwargs: Mapping[str, Any] | None
+) -> Arguments:
+    """The arguments that were given or, where none were, those that one of the models carries.
+
+    Raises `InputError` where there are none.
+    """
+    if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
+        raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(example_inputs).__name__}")
+    if example_inputs is not None or example_kwargs is not None:
+        return Arguments(example_inputs or (), example_kwargs or {})
+    for model in models:
+        if isinstance(model, torch.export.ExportedProgram) and model.example_inputs is not None:
+            return Arguments(*model.example_inputs)
+        if isinstance(model, torch.fx.GraphModule) and (found := _from_metadata(model)) is not None:
+            return Arguments(found, {})
+    names = " and ".join({type(model).__name__: None for model in models if isinstance(model, torch.nn.Module)})
+    raise InputError(f"a {names} says nothing of its inputs: give example_inputs=(x, ...), as for its call")
 
 
 def _from_metadata(module: torch.fx.GraphModule) -> tuple[Any, ...] | None:

@@ -20,7 +20,7 @@ from fuser.proof.compare import BLIND, Array, Figures, Judge, Judgement, bit_ide
 from fuser.proof.float64_ops import is_float
 from fuser.proof.inputs import InputSet
 from fuser.proof.outcome import Failure, Outcome
-from fuser.proof.rounding import unit_roundoff
+from fuser.proof.rounding import roundoff, unit_roundoff
 from fuser.proof.sides import Side
 from fuser.proof.verification import Truth
 
@@ -39,7 +39,7 @@ class Trial:
     truth: what the outputs are judged against.
     note: why that is not float64.
     figures: one entry for each output, once judged.
-    blind: whether some output is so noisy that passing proves nothing.
+    blind: whether some output is so noisy that passing proves nothing; None where there is nothing but zeros.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Trial:
         self.truth: Truth = "none"
         self.note = ""
         self.figures: list[Figures] = []
-        self.blind = False
+        self.blind: bool | None = None
 
     def bits(self) -> str:
         """Hold the candidate to an exact contract; what is wrong, or nothing."""
@@ -136,7 +136,8 @@ class Trial:
 
         found = self._each(reference, self._candidate, checked)
         self._figures(reference, judgements)
-        self.blind = any(judgement.noise > BLIND for judgement in judgements.values())
+        noise = [judgement.noise for judgement in judgements.values() if judgement.noise is not None]
+        self.blind = max(noise) > BLIND if noise else None
         return found
 
     def _each(self, reference: dict[str, Any], candidate: dict[str, Any], judge: Callable[[str], Judgement]) -> str:
@@ -223,7 +224,7 @@ class Trial:
 
     def _roundoff(self, name: str) -> float:
         dtype = self._before.output_dtype(name, self._original[name])
-        return unit_roundoff(dtype) if is_float(dtype) else 0.0
+        return roundoff(dtype) if is_float(dtype) else 0.0
 
 
 def _named(names: list[str], outputs: list[Any]) -> Iterator[tuple[str, Any]]:
