@@ -117,7 +117,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
     else:
         model = OURS[name]()
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             with torch.no_grad():
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)

@@ -116,7 +116,7 @@ def onnx_rows(name: str, folder: Path, time_each: float) -> list[list[Any]]:
     own = relative_error(run_onnx(raw, x.numpy()), truth)
     nodes = _nodes(raw)
     arms = ["ort-off", "ort-on"]
-    rows = [[name, "(raw)", verdict(own, own), len(nodes), nodes.count("BatchNormalization"), "", ""]]
+    rows: list[list[Any]] = [[name, "(raw)", verdict(own, own), len(nodes), nodes.count("BatchNormalization"), "", ""]]
     rows[0] += ["1"] * len(arms)
     for optimizer in OPTIMIZERS:
         if not importlib.util.find_spec(optimizer):
@@ -151,7 +151,7 @@ def torch_rows(name: str, time_each: float) -> list[list[Any]]:
         "fuser": lambda: fuser.optimize(model, example_inputs=(x,)).model,
         "torch.fx fuse": lambda: fuse(model),
     }
-    rows = []
+    rows: list[list[Any]] = []
     for optimizer, run in optimizers.items():
         print(f"{name}: {optimizer}", file=sys.stderr)
         started = time.perf_counter()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fuser import registry
 from fuser.errors import InputError
+from fuser.isolate import Worker
 from fuser.job import Check, Job, Passes, Progress
 from fuser.registry import PassInfo
 from fuser.remarks import Remark
@@ -97,11 +98,11 @@ def optimize(
         threshold=threshold,
     )
 
-    with source:
+    with source, Worker() as worker:
         job = Job(source, chosen, progress)
         job.rewrite()
         if verify:
-            check = _check(source, example_inputs, example_kwargs, inputs, input_shapes)
+            check = _check(source, worker, example_inputs, example_kwargs, inputs, input_shapes)
             job.prove(check, abort=on_failure == "abort", whole=verify == "whole")
         return Result(job.finish(), job.report)
 
@@ -161,10 +162,10 @@ def bisect(
         dynamic_shapes=dynamic_shapes,
         freeze_inputs=freeze_inputs,
     )
-    with source:
+    with source, Worker() as worker:
         job = Job(source, chosen, progress)
         job.rewrite()
-        return job.first_wrong(_check(source, example_inputs, example_kwargs, inputs, input_shapes))
+        return job.first_wrong(_check(source, worker, example_inputs, example_kwargs, inputs, input_shapes))
 
 
 def list_passes() -> list[PassInfo]:
@@ -181,6 +182,7 @@ def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: s
 
 def _check(
     source: Source,
+    worker: Worker,
     example_inputs: Sequence[Any] | None,
     example_kwargs: Mapping[str, Any] | None,
     inputs: Any,
@@ -200,6 +202,7 @@ def _check(
             input_shapes=input_shapes,
             contract=contract.value,
             removed_inputs=source.removable_inputs,
+            worker=worker,
         )
 
     return check

@@ -101,19 +101,16 @@ class Job:
 
         Found by bisection over the number of rewrites that are admitted.
         """
-        rewrites = self.report.applied
+        from fuser.proof.gate import first_bad
 
-        def is_wrong(count: int) -> bool:
+        def fine_after(count: int) -> bool:
             _, candidate = self._attempt(self._passes, NOTHING, stop_after=count)
-            return check(candidate.model, Contract.ROUNDING).verdict in ("different", "incompatible")
+            verification = check(candidate.model, Contract.ROUNDING)
+            return verification.passed or verification.verdict == UNVERIFIABLE
 
-        right, wrong = 0, len(rewrites)
-        if not rewrites or not is_wrong(wrong):
-            return None
-        while wrong - right > 1:
-            middle = (right + wrong) // 2
-            right, wrong = (right, middle) if is_wrong(middle) else (middle, wrong)
-        return rewrites[wrong - 1]
+        rewrites = self.report.applied
+        count = first_bad(len(rewrites), fine_after)
+        return None if count is None else rewrites[count - 1]
 
     def finish(self) -> Any:
         """Write what is to be written; the result as the user gets it."""

@@ -32,6 +32,9 @@ class Map:
         return Map(self.affine.sized(channels).then(outer.affine.sized(channels)), axis)
 
 
+IDENTITY = Map(ChannelAffine.identity(1), None)
+
+
 @dataclass(frozen=True, eq=False)
 class AffineOp:
     """y = map(operand)."""
@@ -69,7 +72,7 @@ def _batch_norm(graph: Graph, op: BatchNorm) -> AffineOp | Missed:
         return Missed("shape-mismatch", f"its parameters have the shapes {', '.join(map(str, sorted(shapes)))}")
     affine = ChannelAffine.from_batch_norm(parameters["scale"], parameters["bias"], mean, var, op.epsilon)
     if not affine.is_finite:
-        channel = int(np.flatnonzero(~np.isfinite(affine.scale + affine.shift))[0])
+        channel = int(np.flatnonzero(~(np.isfinite(affine.scale) & np.isfinite(affine.shift)))[0])
         return Missed(
             "not-finite", f"channel {channel} has variance {float(var[channel]):g} with epsilon {op.epsilon:g}"
         )

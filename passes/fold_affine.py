@@ -57,10 +57,11 @@ class FoldAffine(RewritePass[Elementwise, Folding]):
         backward = walker.into_producer(found.operand, found.map)
         if isinstance(backward, Absorption):
             return Folding(op, found.operand, backward)
+        known = found.map.axis is None or graph.shape(found.operand) is not None
+        if not known:
+            return backward
         if not _keeps_shape(graph, found):
-            return Missed(
-                "broadcasts", f"it is not known that {graph.describe(found.operand)} is as large as the result"
-            )
+            return Missed("broadcasts", f"{graph.describe(found.operand)} is not as large as the result, or may not be")
         forward = walker.into_readers(op.output, found.map)
         if isinstance(forward, Absorption):
             return Folding(op, found.operand, forward)

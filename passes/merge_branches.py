@@ -24,10 +24,10 @@ import numpy as np
 
 from fuser import affine as algebra
 from fuser.absorb import constants_of, shared_weights
-from fuser.affine import ChannelAffine, Constants
+from fuser.affine import Constants
 from fuser.graph import Array, Graph
 from fuser.kernels import Kernel, agree
-from fuser.maps import AffineOp, Map, affine_op
+from fuser.maps import IDENTITY, AffineOp, Map, affine_op
 from fuser.ops import BatchNorm, Conv, Elementwise, Linear, Value
 from fuser.remarks import Missed
 from fuser.rewrite import HOOKED, RewritePass
@@ -44,7 +44,7 @@ class Branch:
     source: Value
     name: str
     op: Conv | Linear | None = None
-    map: Map = Map(ChannelAffine.identity(1), None)
+    map: Map = IDENTITY
     hooked: bool = False
 
 

@@ -55,7 +55,7 @@ class Value:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.array.shape
+        return tuple(self.array.shape)
 
 
 @dataclass
@@ -135,7 +135,9 @@ class _Draft:
     def sample(self) -> Sample | None:
         main = Block()
         rank = self.dice.choice([2, 2, 3, 4, 4, 4, 5])
-        x = self._input(main, "x", [self.dice.randint(1, 3), self._size(), *(self._size() + 2 for _ in range(rank - 2))])
+        x = self._input(
+            main, "x", [self.dice.randint(1, 3), self._size(), *(self._size() + 2 for _ in range(rank - 2))]
+        )
         if self.dice.random() < 0.2:
             self._input(main, "x2", list(x.shape))
         if self.dice.random() < 0.25:
@@ -405,7 +407,8 @@ class _Draft:
 
     def _numbers(self, shape: Sequence[int]) -> Array:
         """Away from zero, so that dividing is harmless."""
-        return self.rng.uniform(0.5, 1.5, shape) * self.rng.choice([-1.0, 1.0, 1.0], shape)
+        numbers: Array = self.rng.uniform(0.5, 1.5, shape) * self.rng.choice([-1.0, 1.0, 1.0], shape)
+        return numbers
 
     # -- growing
 
@@ -625,7 +628,10 @@ class _Draft:
         return self._emit(block, self.dice.choice(["Add", "Add", "Sub"]), operands)
 
     def _reshape(self, block: Block, x: Value) -> Value | None:
-        kind, rank = self.dice.choice(["reshape", "reshape", "flatten", "squeeze", "unsqueeze", "computed"]), x.array.ndim
+        kind, rank = (
+            self.dice.choice(["reshape", "reshape", "flatten", "squeeze", "unsqueeze", "computed"]),
+            x.array.ndim,
+        )
         if kind == "flatten":
             low = -rank if self.opset >= 11 else 0
             return self._emit(block, "Flatten", [x], axis=self.dice.randint(low, rank))
@@ -641,7 +647,9 @@ class _Draft:
             rest = self._integers(block, [-1])
             joined = first and self._emit(block, "Concat", [first, rest], axis=0)
             return self._emit(block, "Reshape", [x, joined]) if joined else None
-        attributes = {"allowzero": self.dice.choice([0, 1])} if self.opset >= 14 and self.dice.random() < 0.1 else {}
+        attributes: dict[str, Any] = (
+            {"allowzero": self.dice.choice([0, 1])} if self.opset >= 14 and self.dice.random() < 0.1 else {}
+        )
         return self._emit(block, "Reshape", [x, self._integers(block, target)], **attributes)
 
     def _target(self, shape: tuple[int, ...]) -> list[int]:
@@ -658,7 +666,7 @@ class _Draft:
                 target[i : i + 1] = [factor, target[i] // factor]
         if target and self.dice.random() < 0.4:
             target[self.dice.randrange(len(target))] = -1
-        if target and target[0] == shape[:1] and self.dice.random() < 0.4:
+        if target and target[:1] == list(shape[:1]) and self.dice.random() < 0.4:
             target[0] = 0
         return target
 
@@ -708,7 +716,9 @@ class _Draft:
             attributes.pop("dilations", None)
         attributes.pop("group", None)
         if "pads" in attributes:
-            attributes["pads"] = [min(p, k - 1) for p, k in zip(attributes["pads"], attributes["kernel_shape"] * 2, strict=True)]
+            attributes["pads"] = [
+                min(p, k - 1) for p, k in zip(attributes["pads"], attributes["kernel_shape"] * 2, strict=True)
+            ]
         if self.dice.random() < 0.4:
             attributes["count_include_pad"] = 1
         if self.opset >= 10 and "auto_pad" not in attributes and self.dice.random() < 0.2:
@@ -728,7 +738,9 @@ class _Draft:
             wide = self._emit(block, "Cast", [x], to=TensorProto.DOUBLE)
             return wide and self._emit(block, "Cast", [wide], to=self.type)
         if self.opset < 12:
-            return self._emit(block, "Dropout", [x], ratio=0.3, extra=[self._name()] if self.dice.random() < 0.2 else [])
+            return self._emit(
+                block, "Dropout", [x], ratio=0.3, extra=[self._name()] if self.dice.random() < 0.2 else []
+            )
         ratio = self._as_initializer(block, np.asarray(0.4, self.dtype))
         off = self._as_initializer(block, np.asarray(False))
         inputs: list[Value | None] = self.dice.choice([[x], [x, ratio], [x, None, off], [x, ratio, off]])
@@ -844,7 +856,7 @@ class _Draft:
             )  # fmt: skip
             self.functions.append((function, [x]))
         values = {"epsilon": 0.25, "alpha": 1.5}
-        arguments = {name: values[name] for name in function.attribute}
+        arguments: dict[str, Any] = {name: values[name] for name in function.attribute}
         node = helper.make_node(
             function.name, [x.name], [self._name()], name=self._node_name("call"), domain="custom", **arguments
         )
@@ -897,7 +909,8 @@ def names_read(node: NodeProto) -> set[str]:
 def ordered(model: ModelProto) -> ModelProto:
     """A copy whose nodes stand in order, for those who ask for that."""
     made = {name for node in model.graph.node for name in node.output if name}
-    waiting, done, nodes = list(model.graph.node), set[str](), []
+    waiting, done = list(model.graph.node), set[str]()
+    nodes: list[NodeProto] = []
     while waiting:
         ready = [n for n in waiting if not (names_read(n) & made) - done - set(n.output)]
         if len(ready) == len(waiting):

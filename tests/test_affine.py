@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from direct import convolve
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,50 +17,6 @@ from fuser.affine import ChannelAffine, Constants, WeightLayout
 Array = np.ndarray[Any, Any]
 
 seeds = st.integers(0, 2**32 - 1)
-
-
-def convolve(
-    x: Array,
-    weight: Array,
-    bias: Array,
-    *,
-    groups: int = 1,
-    strides: tuple[int, ...] = (),
-    dilations: tuple[int, ...] = (),
-    padding: tuple[tuple[int, int], ...] = (),
-    transposed: bool = False,
-) -> Array:
-    """A convolution of [Cin, *spatial], element by element as it is defined."""
-    axes = x.ndim - 1
-    strides, dilations = strides or (1,) * axes, dilations or (1,) * axes
-    padding = padding or ((0, 0),) * axes
-    if transposed:
-        return _convolve_transposed(x, weight, bias, groups, strides, dilations)
-    x = np.pad(x, [(0, 0), *padding])
-    kernel = weight.shape[2:]
-    size = [(n - d * (k - 1) - 1) // s + 1 for n, d, k, s in zip(x.shape[1:], dilations, kernel, strides, strict=True)]
-    y = np.zeros((weight.shape[0], *size))
-    for c in range(weight.shape[0]):
-        first = c // (weight.shape[0] // groups) * weight.shape[1]
-        for o in itertools.product(*map(range, size)):
-            y[c, ...][o] = bias[c]
-            for i, k in itertools.product(range(weight.shape[1]), itertools.product(*map(range, kernel))):
-                at = tuple(a * s + b * d for a, s, b, d in zip(o, strides, k, dilations, strict=True))
-                y[c, ...][o] += float(weight[(c, i, *k)]) * x[(first + i, *at)]
-    return y
-
-
-def _convolve_transposed(x: Array, weight: Array, bias: Array, groups: int, strides: Any, dilations: Any) -> Array:
-    kernel, outputs = weight.shape[2:], weight.shape[1] * groups
-    size = [(n - 1) * s + d * (k - 1) + 1 for n, d, k, s in zip(x.shape[1:], dilations, kernel, strides, strict=True)]
-    y = np.zeros((outputs, *size)) + bias.reshape(-1, *[1] * len(size))
-    for i in range(x.shape[0]):
-        first = i // (x.shape[0] // groups) * weight.shape[1]
-        for c, o in itertools.product(range(weight.shape[1]), itertools.product(*map(range, x.shape[1:]))):
-            for k in itertools.product(*map(range, kernel)):
-                at = tuple(a * s + b * d for a, s, b, d in zip(o, strides, k, dilations, strict=True))
-                y[(first + c, *at)] += float(weight[(i, c, *k)]) * x[(i, *o)]
-    return y
 
 
 def random_map(rng: np.random.Generator, channels: int) -> ChannelAffine:

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,12 @@ def test_warm_up_ends_when_the_latency_settles(fake):
 
 def test_warm_up_ends_when_its_time_is_up(fake):
     assert instance.warm_up(0, limit=0.0) == Warm(0.5, False, 7)
+
+
+def test_interruptions_of_the_warm_up_are_not_the_latency(fake):
+    busy = chain([0.1, *[0.001] * 3], repeat(0.01))
+    fake.times = lambda: next(busy)
+    assert instance.warm_up(0, limit=5.0).seconds == 0.001
 
 
 def test_profile_tells_the_slowest_first(fake):
@@ -416,6 +423,9 @@ def test_slower_than_looks_at_the_whole_interval():
     assert [a.comparison.verdict.word for a in benchmark.arms] == ["slower", "no measurable change", "faster"]
     assert benchmark.slower_than() == [slower] == benchmark.slower_than(10)
     assert benchmark.slower_than(13) == []
+    change = slower.comparison.change
+    assert change.log_low < change.log
+    assert benchmark.slower_than((change.ratio - 1) * 100 - 1e-6) == []  # the estimate is, the interval is not
 
 
 def test_a_model_that_no_longer_runs_fails_the_check():

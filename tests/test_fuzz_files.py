@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ def bend(model: ModelProto, dice: random.Random) -> None:
     numbers = [0, 1, -1, 2, 3, 7, 11, 100, 2**31 - 1, 2**63 - 1, -(2**63)]
     message = dice.choice([one for one in messages(model) if one.ListFields()])
     descriptor, value = dice.choice(message.ListFields())
-    pick = {
+    pick: Callable[[], Any] = {
         FieldDescriptor.TYPE_STRING: lambda: dice.choice(texts),
         FieldDescriptor.TYPE_BYTES: lambda: bytes(dice.randrange(256) for _ in range(dice.choice([0, 1, 4, 64]))),
         FieldDescriptor.TYPE_FLOAT: lambda: dice.choice([0.0, -1.0, 1e38, float("nan"), float("inf")]),
@@ -103,7 +103,7 @@ def attempt(seed: int, folder: Path) -> str:
 
 def attempts(seeds: range, folder: Path) -> Counter[str]:
     """In the child: each seed's attempt; an error names its seed."""
-    os.fsync = lambda fd: None  # type: ignore[assignment]  # this process ends with the test
+    os.fsync = lambda fd: None  # this process ends with the test
     counts: Counter[str] = Counter()
     for seed in seeds:
         started = time.perf_counter()

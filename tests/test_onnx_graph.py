@@ -458,3 +458,14 @@ def test_summary_counts_nodes_parameters_and_bytes() -> None:
     assert summary.ops == {"Conv": 1, "BatchNormalization": 1}
     assert summary.parameters == 4 * 4 * 9 + 16
     assert summary.bytes == 4 * summary.parameters
+
+
+# -- found by the fuzzers
+
+
+@pytest.mark.parametrize("name", [b"result", b"relu_"], ids=["value", "node"])
+def test_a_name_that_is_not_utf_8_is_refused_in_one_line(name: bytes) -> None:
+    proto = model([node("Relu", ["x"], ["result"])], outputs=["result"])
+    broken = proto.SerializeToString().replace(name, name[:2] + b"\xf4" + name[3:])
+    with pytest.raises(InputError, match="not UTF-8"):
+        graph_of(onnx.ModelProto.FromString(broken))

@@ -44,9 +44,17 @@ def test_one_channel_is_not_lost_among_large_ones() -> None:
 
 
 def test_a_shift_below_the_largest_error_is_seen_by_the_mean() -> None:
-    original = noisy()
-    original[0, 0, 0, 0] += 100 * NOISE  # one outlier must not buy everything else a hundredfold
-    assert not Judge(TRUTH, [original], U).judge(TRUTH + 50 * NOISE).fine
+    row = TRUTH.reshape(-1)
+    original = noisy(truth=row)
+    original[0] += 100 * NOISE  # one outlier must not buy everything else a hundredfold
+    assert not Judge(row, [original], U).judge(row + 50 * NOISE).fine
+
+
+def test_one_wrong_element_is_seen_by_the_largest_error() -> None:
+    row = TRUTH.reshape(-1)
+    candidate = noisy(truth=row)
+    candidate[17] += 100 * NOISE  # too little to move the mean of thousands
+    assert not Judge(row, [noisy(truth=row)], U).judge(candidate).fine
 
 
 def test_nan_and_infinity_stand_where_a_right_evaluation_has_them() -> None:

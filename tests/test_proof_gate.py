@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuser.errors import VerificationError
-from fuser.proof.gate import find_guilty
+from fuser.proof.gate import find_guilty, first_bad
 
 
 class Check:
@@ -83,3 +83,16 @@ def test_a_failure_that_no_rewrite_explains_is_an_error() -> None:
         find_guilty("abc", lambda left_out: False)
     with pytest.raises(VerificationError, match="no rewrite was applied"):
         find_guilty([], lambda left_out: True)
+
+
+@given(st.integers(1, 500), st.data())
+def test_the_first_bad_rewrite(total: int, data: st.DataObject) -> None:
+    guilty = data.draw(st.integers(1, total + 1))
+    asked: list[int] = []
+
+    def passes_after(number: int) -> bool:
+        asked.append(number)
+        return number < guilty
+
+    assert first_bad(total, passes_after) == (guilty if guilty <= total else None)
+    assert len(asked) <= math.ceil(math.log2(total)) + 1 and 0 not in asked

@@ -76,7 +76,7 @@ def test_a_module_that_is_called_twice_changes_at_one_call(host: type) -> None:
     assert len(names(graph)) == 4
 
 
-@every_host
+@both_forms
 def test_tied_parameters_are_untied_by_an_edit(host: type) -> None:
     a, b = nn.Conv2d(4, 4, 1, bias=False), nn.Conv2d(4, 4, 1, bias=False)
     b.weight = a.weight
@@ -98,8 +98,14 @@ PRODUCTS = {
 }
 
 
-@every_host
-@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(
+    ("host", "product"),
+    [
+        *((host, product) for host in (Traced, Lifted) for product in PRODUCTS),
+        (Decomposed, "operator"),
+        (Exported, "mm"),
+    ],
+)
 def test_every_kind_of_linear_takes_a_weight_and_a_bias(host: type, product: str) -> None:
     net = Fn(PRODUCTS[product], w=nn.Parameter(torch.randn(4, 6)), b=nn.Parameter(torch.randn(6)))
     graph = build(host, net, x := torch.randn(3, 4))
@@ -132,7 +138,7 @@ def test_a_batch_norm_gets_statistics(host: type) -> None:
     assert float(net[0].running_mean[0]) == 0
 
 
-@every_host
+@both_forms
 def test_a_number_gives_way_to_a_constant(host: type) -> None:
     net = Fn(lambda m, x: torch.relu(2 * m.c(x)), c=nn.Conv2d(4, 4, 1))
     graph = build(host, net, x := image())
@@ -198,7 +204,7 @@ def test_replacing_an_op_drops_it_with_its_constants(host: type) -> None:
     assert list(graph.ops(ops.BatchNorm)) == [] and sum(graph.summary().ops.values()) == 2
 
 
-@every_host
+@both_forms
 def test_replacing_walks_on_over_what_was_read(host: type) -> None:
     net = nn.Sequential(nn.Conv2d(4, 4, 1), *(nn.BatchNorm2d(4) for _ in range(3)))
     graph = build(host, net, x := image())
@@ -276,7 +282,7 @@ def test_a_transposed_weight_shares_its_memory_and_a_slice_does_not() -> None:
     assert sum(buffer.untyped_storage().nbytes() for buffer in result.buffers()) < 100
 
 
-@every_host
+@both_forms
 def test_what_becomes_constant_by_an_edit_is_known(host: type) -> None:
     net = Fn(
         lambda m, x: torch.relu(F.conv2d(x, m.drop(m.w) * 2)),

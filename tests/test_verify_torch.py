@@ -70,6 +70,18 @@ class Casting(nn.Module):
         return {"z": z.float() * scale + torch.ones(3, dtype=torch.float32), "all": [y, (z.argmax(-1), steps)]}
 
 
+def test_under_the_mode_nothing_is_rounded() -> None:
+    from fuser.proof.float64_torch import InFloat64
+
+    wide = X.double() * 1.0001
+    with InFloat64():  # type: ignore[no-untyped-call]
+        results = wide.half().float(), wide.to(torch.bfloat16), wide + torch.ones(8, dtype=torch.float16) - 1
+        made = torch.full((2,), 1 / 3, dtype=torch.float32)
+    for result in results:
+        torch.testing.assert_close(result, wide, rtol=1e-15, atol=1e-15)
+    assert made.dtype == torch.float64 and made[0].item() == 1 / 3
+
+
 def test_hard_coded_types_keyword_arguments_and_nested_results() -> None:
     torch.manual_seed(0)
     module = Casting().eval()

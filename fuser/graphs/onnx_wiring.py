@@ -239,6 +239,7 @@ class Wiring:
         self.scopes.append(scope)
         self._define_names(scope)
         for proto, node in zip(scope.proto.node, scope.editor.nodes, strict=True):
+            _reject_bytes(node.name)
             self._scope[id(node)], self._proto[id(node)] = scope, proto
         for proto, node in zip(scope.proto.node, scope.editor.nodes, strict=True):
             for position, tensor in enumerate(node.inputs):
@@ -253,6 +254,7 @@ class Wiring:
         for tensor in (*scope.editor.inputs, *_read_initializers(scope), *produced):
             if tensor.is_empty():
                 continue
+            _reject_bytes(tensor.name)
             if len(tensor.inputs) > 1:
                 raise InputError(f"not a valid ONNX model: two nodes produce the value {tensor.name!r}")
             if scope.parent is not None and scope.parent.lookup(tensor.name) is not None:
@@ -308,6 +310,12 @@ def is_standard(node: gs.Node) -> bool:
 def has_references(node: gs.Node) -> bool:
     """Whether an attribute is decided by the caller of the function that the node is in."""
     return any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values())
+
+
+def _reject_bytes(name: str | bytes) -> None:
+    """Protobuf hands out bytes for a name that is not UTF-8; raises `InputError` for one."""
+    if isinstance(name, bytes):
+        raise InputError(f"not a valid ONNX model: the name {name!r} is not UTF-8")
 
 
 def initializer_names(graph: GraphProto) -> set[str]:

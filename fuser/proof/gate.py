@@ -1,4 +1,4 @@
-"""Which of many rewrites to leave out so that a check passes again, with few runs of the check."""
+"""Which of many rewrites to leave out, or which was the first bad one, with few runs of a check."""
 
 from __future__ import annotations
 
@@ -51,6 +51,22 @@ def find_guilty(rewrites: Sequence[T], passes_without: Callable[[frozenset[T]], 
         guilty = _reduce(every, passes)
     found = set(guilty)
     return tuple(rewrite for rewrite in every if rewrite in found)
+
+
+def first_bad(total: int, passes_after: Callable[[int], bool]) -> int | None:
+    """The number of the first rewrite, from 1, after which the check fails; None when it passes after all `total`.
+
+    passes_after: whether the check passes when only the first n rewrites are applied.  It is asked about
+    log2(total) times, and taken to fail ever after it first fails; where it recovers in between, the answer is one
+    rewrite that turns passing into failing.
+    """
+    if passes_after(total):
+        return None
+    good, bad = 0, total
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if passes_after(middle) else (good, middle)
+    return bad
 
 
 def _reduce(start: list[T], passes: Callable[[Sequence[T]], bool]) -> list[T]:

@@ -1,0 +1,131 @@
+"""Following a map through changes of shape, and the readers that decide whether it may move."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from fuser.passes.fold_batch_norm import FoldBatchNorm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
+from rewriting import DOUBLE, applied, refused
+
+from fuser.absorb import moved_axis
+from fuser.affine import ChannelAffine
+from fuser.files import ModelFile
+from fuser.graph import Dim, Reader
+from fuser.graphs.onnx import OnnxGraph
+from fuser.maps import Map
+
+FOLD = FoldBatchNorm()
+
+
+def random_map(channels: int, axis: int, seed: int = 0) -> Map:
+    rng = np.random.default_rng(seed)
+    return Map(ChannelAffine(rng.standard_normal(channels), rng.standard_normal(channels)), axis)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_map_that_moves_is_the_same_map(data: st.DataObject) -> None:
+    """Whatever it answers is right: reshape, then map, is map, then reshape."""
+    factors = data.draw(st.lists(st.sampled_from([1, 2, 3]), min_size=1, max_size=5))
+    here, there = (_grouped(data, factors) for _ in range(2))
+    axis = data.draw(st.integers(0, len(here) - 1))
+    m = random_map(here[axis], axis)
+    moved = moved_axis(here, there, m)
+    if moved is None:
+        return
+    assert moved.axis is not None
+    x = np.random.default_rng(1).standard_normal(here)
+    expected = m.affine(x, axis).reshape(there)
+    np.testing.assert_array_equal(moved.affine(x.reshape(there), moved.axis), expected)
+
+
+def _grouped(data: st.DataObject, factors: Sequence[int]) -> tuple[int, ...]:
+    """A shape whose sizes are products of neighbouring factors."""
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(factors) - 1))) if len(factors) > 1 else [])
+    ends = [0, *cuts, len(factors)]
+    return tuple(math.prod(factors[a:b]) for a, b in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "axis", "to"),
+    [
+        (("N", 4, "H", "W"), ("N", 4, "HW"), 1, 1),  # in front, sizes unknown behind
+        ((None, 4, 3, 3), (None, 36), 1, 1),  # merged: one number for each element of the row
+        ((None, 36), (None, 4, 9), 1, None),  # split: varies along two axes
+        ((2, 5, 6), (10, 6), 2, 1),  # at the back
+        ((None, None, 6), (None, 6), 2, 1),
+        ((2, 5, 6), (10, 6), 1, 0),  # repeated for each row in front
+        ((None, 4, 3), (None, 3, 4), 1, None),
+        (("N", 4, "H"), ("N", "H", 4), 1, None),  # sizes unknown where it matters
+        ((2, 1, 4), (2, 4), 2, 1),
+        ((2, 4), (2, 4, 1, 1), 1, 1),
+    ],
+)
+def test_known_changes_of_shape(here: tuple[Dim, ...], there: tuple[Dim, ...], axis: int, to: int | None) -> None:
+    size = here[axis]
+    assert isinstance(size, int)
+    moved = moved_axis(here, there, random_map(size, axis))
+    assert (None if moved is None else moved.axis) == to
+
+
+def test_a_map_of_the_wrong_size_does_not_move() -> None:
+    assert moved_axis((2, 4, 3), (2, 12), random_map(3, 1)) is None
+
+
+def test_an_unreasonable_shape_is_not_followed() -> None:
+    assert moved_axis((2, 1 << 13, 1 << 13), (2, 1 << 26), random_map(1 << 13, 1)) is None
+
+
+def constants() -> dict[str, Any]:
+    return conv_constants(dtype=np.float64)
+
+
+def test_a_reader_of_the_shape_alone_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [conv(), batch_norm("c", "n"), node("Shape", ["c"], ["s"]), node("Reshape", ["n", "s"])]
+    proto = model(nodes, constants=constants(), dtype=DOUBLE)
+    original = OnnxGraph.readers
+
+    def readers(self: OnnxGraph, value: Any) -> list[Reader]:
+        return [r._replace(shape_only=r.name.startswith("shape_")) for r in original(self, value)]
+
+    monkeypatch.setattr(OnnxGraph, "readers", readers)
+    assert op_types(applied(proto, FOLD).graph) == ["Conv", "Shape", "Reshape"]
+
+
+def test_every_reader_has_to_take_it() -> None:
+    taken = [node("Relu", ["x"], ["r"]), batch_norm("r", "n"), conv("n", "a"), conv("n", "b"), node("Add", ["a", "b"])]
+    result = applied(model(taken, constants=constants(), dtype=DOUBLE), FOLD)
+    assert op_types(result.graph) == ["Relu", "Conv", "Conv", "Add"]
+    half = [*taken[:3], node("Neg", ["n"], ["m"]), node("Concat", ["a", "m"], axis=2)]
+    assert refused(model(half, constants=constants(), dtype=DOUBLE), FOLD) == {"no-linear": 1}
+    public = model([*taken[:3], node("Neg", ["a"])], constants=constants(), dtype=DOUBLE, outputs=["y", "n"])
+    assert refused(public, FOLD) == {"no-linear": 1}
+
+
+def test_a_reader_that_takes_it_twice_is_left_alone() -> None:
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        batch_norm("r", "n"),
+        node("Concat", ["n", "n"], ["j"], axis=1),
+        conv("j", "y", "wide"),
+    ]
+    proto = model(nodes, constants={**constants(), "wide": np.ones((2, 8, 3, 3))}, dtype=DOUBLE)
+    assert refused(proto, FOLD) == {"no-linear": 1}
+
+
+def test_looking_changes_nothing() -> None:
+    proto = model([conv(), batch_norm()], constants=constants(), dtype=DOUBLE)
+    before = proto.SerializeToString(deterministic=True)
+    graph = OnnxGraph(ModelFile.from_proto(proto))
+    (op,) = graph.ops(FOLD.root)
+    FOLD.match(graph, op)
+    assert graph.edits == 0
+    assert graph.to_model().to_proto().SerializeToString(deterministic=True) == before

@@ -1,0 +1,175 @@
+"""fold-affine: arithmetic with constants, step by step, on ONNX and torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from fuser.passes.fold_affine import FoldAffine
+from hosts_torch import Decomposed, Exported, Lifted
+from onnx_models import conv, model, node, op_types
+from rewriting import DOUBLE, applied, refused, rewritten
+from torch import nn
+
+from fuser import pipeline
+
+FOLD = FoldAffine()
+RNG = np.random.default_rng(11)
+W = RNG.standard_normal((4, 4, 3, 3))
+
+
+def double(nodes: list[onnx.NodeProto], x: Any = ("N", 4, 8, 8), **tensors: Any) -> onnx.ModelProto:
+    return model(nodes, constants={"w": W, **tensors}, dtype=DOUBLE, x=x)
+
+
+def positive(*shape: int) -> np.ndarray:
+    return RNG.uniform(0.5, 2, shape)
+
+
+# -- folded
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (4, 1, 1), (1, 4, 1, 1), (1, 1), (1, 1, 1, 1)])
+@pytest.mark.parametrize("operator", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize("order", [("c", "k"), ("k", "c")])
+def test_every_operator_order_and_shape_after_a_convolution(
+    operator: str, order: tuple[str, str], shape: tuple[int, ...]
+) -> None:
+    proto = double([conv(), node(operator, list(order))], k=positive(*shape))
+    if (operator, order[0]) == ("Div", "k"):
+        assert refused(proto, FOLD) == {"not-affine": 1}
+    else:
+        assert op_types(applied(proto, FOLD).graph) == ["Conv"]
+
+
+@pytest.mark.parametrize("operator", ["Add", "Sub", "Mul", "Div"])
+@pytest.mark.parametrize("order", [("r", "k"), ("k", "r")])
+def test_every_operator_before_a_convolution(operator: str, order: tuple[str, str]) -> None:
+    nodes = [node("Relu", ["x"], ["r"]), node(operator, list(order), ["a"]), conv("a", "y")]
+    proto = double(nodes, k=positive(4, 1, 1))
+    if (operator, order[0]) == ("Div", "k"):
+        assert refused(proto, FOLD) == {"not-affine": 1}
+    else:
+        assert op_types(applied(proto, FOLD).graph) == ["Relu", "Conv"]
+
+
+def test_a_decomposed_batch_norm() -> None:
+    tensors = {name: positive(1, 4, 1, 1) for name in ("mean", "std", "gamma", "beta")}
+    nodes = [
+        conv(),
+        node("Sub", ["c", "mean"], ["d"]),
+        node("Div", ["d", "std"], ["e"]),
+        node("Mul", ["gamma", "e"], ["f"]),
+        node("Add", ["f", "beta"]),
+    ]
+    assert op_types(applied(double(nodes, **tensors), FOLD).graph) == ["Conv"]
+
+
+def test_the_normalization_of_an_image() -> None:
+    nodes = [node("Sub", ["x", "mean"], ["d"]), node("Div", ["d", "std"], ["e"]), conv("e", "y")]
+    tensors = {name: positive(4, 1, 1) for name in ("mean", "std")}
+    assert op_types(applied(double(nodes, **tensors), FOLD).graph) == ["Conv"]
+    nodes[2] = conv("e", "y", pads=[1, 1, 1, 1])  # the division moves, the shift cannot
+    outcome, result = rewritten(double(nodes, **tensors), FOLD)
+    assert [r.site for r in outcome.applied] == ["div_e"]
+    assert [(r.site, r.code) for r in outcome.missed] == [("sub_d", "padding")]
+    assert op_types(result.graph) == ["Sub", "Conv"]
+
+
+def test_the_axis_comes_from_broadcasting_and_not_from_the_size() -> None:
+    """With C == H == W a constant along the width looks like one along the channels."""
+    for shape, codes in (((4,), "axis-mismatch"), ((4, 1), "axis-mismatch"), ((1, 4), "axis-mismatch")):
+        proto = double([conv("x", "c", pads=[1, 1, 1, 1]), node("Mul", ["c", "k"])], ("N", 4, 4, 4), k=positive(*shape))
+        assert refused(proto, FOLD) == {codes: 1}
+
+
+def test_the_scale_of_attention_goes_through_reshape_and_transpose() -> None:
+    nodes = [
+        node("MatMul", ["x", "m"], ["p"]),
+        node("Reshape", ["p", "shape"], ["r"]),
+        node("Transpose", ["r"], ["t"], perm=[0, 2, 1, 3]),
+        node("Mul", ["t", "k"]),
+    ]
+    proto = double(nodes, (2, 5, 6), m=RNG.standard_normal((6, 6)), shape=np.array([2, 5, 2, 3]), k=np.array(0.25))
+    assert op_types(applied(proto, FOLD).graph) == ["MatMul", "Reshape", "Transpose"]
+
+
+# -- refused
+
+
+def test_not_affine() -> None:
+    assert refused(double([conv(), node("Div", ["k", "c"])], k=positive(4, 1, 1)), FOLD) == {"not-affine": 1}
+
+
+def test_not_per_channel() -> None:
+    assert refused(double([conv(), node("Mul", ["c", "k"])], k=positive(4, 6, 6)), FOLD) == {"not-per-channel": 1}
+
+
+def test_broadcasts() -> None:
+    proto = double([conv(), node("Mul", ["c", "k"])], k=positive(3, 1, 1, 1, 1))
+    assert refused(proto, FOLD) == {"broadcasts": 1}
+    nodes = [node("Relu", ["x"], ["r"]), node("Mul", ["r", "k"], ["a"]), conv("a", "y")]
+    assert refused(double(nodes, ("N", 1, 8, 8), k=positive(4, 1, 1)), FOLD) == {"broadcasts": 1}  # 1 to 4 channels
+    proto = double([conv("x", "c", "narrow"), node("Mul", ["c", "k"])], narrow=W[:1], k=positive(4, 1, 1))
+    assert refused(proto, FOLD) == {"broadcasts": 1}
+
+
+def test_not_finite() -> None:
+    proto = double([conv(), node("Div", ["c", "k"])], k=np.array([1.0, 0, 1, 1]).reshape(4, 1, 1))
+    assert refused(proto, FOLD) == {"not-finite": 1}
+
+
+def test_overridable() -> None:
+    proto = model(
+        [conv(), node("Mul", ["c", "k"])],
+        constants={"w": W, "k": positive(4, 1, 1)},
+        dtype=DOUBLE,
+        also_inputs=["k"],
+    )
+    assert refused(proto, FOLD) == {"overridable": 1}
+
+
+def test_shared_output() -> None:
+    nodes = [conv(), node("Mul", ["c", "k"], ["m"]), node("Add", ["m", "c"])]
+    assert refused(double(nodes, k=positive(4, 1, 1)), FOLD) == {"shared-output": 1}
+
+
+def test_no_linear() -> None:
+    nodes = [node("Relu", ["x"], ["r"]), node("Mul", ["r", "k"], ["m"]), node("Relu", ["m"])]
+    assert refused(double(nodes, k=positive(4, 1, 1)), FOLD) == {"no-linear": 1}
+
+
+def test_a_sum_of_two_variables_is_no_candidate() -> None:
+    assert refused(double([conv("x", "a"), conv("x", "b"), node("Add", ["a", "b"])]), FOLD) == {}
+
+
+# -- torch
+
+
+class LayerScale(nn.Module):
+    """Frozen normalization after a convolution, and a LayerScale after a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.linear = nn.Conv2d(4, 6, 3), nn.Linear(6, 5)
+        self.gamma = nn.Parameter(torch.rand(5))
+        self.scale, self.shift = nn.Parameter(torch.rand(6, 1, 1)), nn.Parameter(torch.rand(1, 6, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = torch.relu(self.conv(2 * x - 1) * self.scale + self.shift)
+        return self.gamma * self.linear(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("host", [Exported, Lifted, Decomposed])
+def test_torch(host: Any) -> None:
+    torch.manual_seed(0)
+    module, x = LayerScale().double().eval(), torch.randn(2, 4, 6, 6).double()
+    graph = host().build(module, (x,))
+    outcome = pipeline.run(graph, [FOLD])
+    assert len(outcome.applied) == 5
+    assert outcome.missed == []
+    after = host().run(host().result(graph), x)
+    np.testing.assert_allclose(after, module(x).detach(), rtol=1e-12, atol=1e-14)

@@ -1,0 +1,235 @@
+"""merge-branches: blocks that their authors forgot to reparameterize, on ONNX and torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from fuser.passes.fold_affine import FoldAffine
+from fuser.passes.fold_batch_norm import FoldBatchNorm
+from fuser.passes.merge_branches import MergeBranches
+from hosts import Onnx
+from hosts_torch import HOSTS, Decomposed, Exported, Lifted, Traced
+from nets import lively
+from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
+from rewriting import DOUBLE, applied, evaluate, refused, rewritten
+from torch import nn
+
+from fuser import pipeline
+
+MERGE = MergeBranches()
+RNG = np.random.default_rng(12)
+SAME: dict[str, Any] = {"pads": [1, 1, 1, 1]}
+
+
+def double(nodes: list[onnx.NodeProto], **tensors: Any) -> onnx.ModelProto:
+    constants = {**conv_constants(dtype=np.float64), "p": RNG.standard_normal((4, 4, 1, 1)), **tensors}
+    return model(nodes, constants=constants, dtype=DOUBLE)
+
+
+# -- merged
+
+
+@pytest.mark.parametrize("operator", ["Add", "Sub"])
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_a_smaller_kernel(operator: str, order: tuple[str, str]) -> None:
+    nodes = [conv("x", "a", **SAME), conv("x", "b", "p"), node(operator, list(order))]
+    result = applied(double(nodes), MERGE)
+    assert op_types(result.graph) == ["Conv"]
+
+
+@pytest.mark.parametrize("operator", ["Add", "Sub"])
+@pytest.mark.parametrize("order", [("a", "x"), ("x", "a")])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_the_input_itself(operator: str, order: tuple[str, str], groups: int) -> None:
+    nodes = [conv("x", "a", "g", group=groups, **SAME), node(operator, list(order))]
+    result = applied(double(nodes, g=RNG.standard_normal((4, 4 // groups, 3, 3))), MERGE)
+    assert op_types(result.graph) == ["Conv"]
+
+
+def test_a_chain_of_maps() -> None:
+    nodes = [
+        conv("x", "a", **SAME),
+        batch_norm("x", "n"),
+        node("Mul", ["k", "n"], ["m"]),
+        node("Sub", ["one", "m"], ["o"]),
+        node("Add", ["a", "o"]),
+    ]
+    proto = double(nodes, k=RNG.standard_normal((4, 1, 1)), one=np.array(1.0))
+    assert op_types(applied(proto, MERGE).graph) == ["Conv"]
+
+
+def test_strided_branches_and_a_depthwise_one() -> None:
+    nodes = [
+        conv("x", "a", strides=[2, 2], **SAME),
+        conv("x", "b", "d", strides=[2, 2], group=4),
+        node("Add", ["a", "b"]),
+    ]
+    assert op_types(applied(double(nodes, d=RNG.standard_normal((4, 1, 1, 1))), MERGE).graph) == ["Conv"]
+
+
+@pytest.mark.parametrize("turned", [0, 1])
+def test_matrix_products(turned: int) -> None:
+    nodes = [
+        node("Gemm", ["x", "m", "c"], ["a"], alpha=0.5, beta=2.0, transB=turned),
+        node("MatMul", ["x", "n"], ["b"]),
+        node("Add", ["a", "b"], ["s"]),
+        node("Add", ["s", "x"]),
+    ]
+    tensors = {"m": RNG.standard_normal((4, 4)), "n": RNG.standard_normal((4, 4)), "c": RNG.standard_normal(4)}
+    proto = model(nodes, constants=tensors, dtype=DOUBLE, x=(3, 4))
+    assert op_types(applied(proto, MERGE).graph) == ["Gemm"]
+
+
+def test_a_guest_that_others_read_stays_for_them() -> None:
+    nodes = [
+        conv("x", "a", **SAME),
+        conv("x", "b", "p"),
+        node("Add", ["a", "b"], ["s"]),
+        node("Mul", ["s", "b"]),
+    ]
+    result = applied(double(nodes), MERGE)
+    assert sorted(op_types(result.graph)) == ["Conv", "Conv", "Mul"]
+
+
+class Block(nn.Module):
+    """A RepVGG block, and a RepMixer with LayerScale; both convolutions of the mixer are one module."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.large = nn.Conv2d(4, 4, 3, padding=1, groups=groups, bias=False)
+        self.small = nn.Conv2d(4, 4, 1, groups=groups, bias=False)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(4))
+        self.gamma = nn.Parameter(torch.rand(4, 1, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.norms[0](self.large(x)) + self.norms[1](self.small(x)) + self.norms[2](x))
+        y: torch.Tensor = x + self.gamma * (self.large(x) - self.norms[3](x))
+        return torch.relu(y)
+
+
+@pytest.mark.parametrize("host", [Onnx, Exported, Lifted, Decomposed])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_block_becomes_one_convolution_on_every_host(host: Any, groups: int) -> None:
+    torch.manual_seed(0)
+    module, x = lively(Block(groups)), torch.randn(2, 4, 7, 7)
+    if host is not Onnx:  # ONNX Runtime has no float64 convolution
+        module, x = module.double(), x.double()
+    expected = module(x).detach().numpy()
+    graph = host().build(module, (x,))
+    pipeline.run(graph, [FoldBatchNorm(), FoldAffine(), MERGE])
+    counts = sorted(graph.summary().ops.values())
+    assert counts == [2, 2]  # two convolutions, two activations
+    found = host().run(host().result(graph), x)
+    assert np.abs(found - expected).max() <= (1e-6 if host is Onnx else 1e-13) * np.abs(expected).max()
+
+
+# -- refused
+
+
+GEOMETRY = {
+    "window": [conv("x", "a"), conv("x", "b", "p", pads=[0, 0, 0, 0]), node("Add", ["a", "b"])],
+    "strides": [conv("x", "a", strides=[2, 2], **SAME), conv("x", "b", "p"), node("Add", ["a", "b"])],
+    "shrinks": [conv("x", "a"), node("Add", ["a", "x"])],
+    "automatic": [conv("x", "a", auto_pad="SAME_UPPER"), node("Add", ["a", "x"])],
+    "transposed": [node("ConvTranspose", ["x", "w"], ["a"], pads=[1, 1, 1, 1]), node("Add", ["a", "x"])],
+}
+
+
+@pytest.mark.parametrize("name", GEOMETRY)
+def test_geometry(name: str) -> None:
+    proto = double([])
+    del proto.graph.node[:]
+    proto.graph.node.extend(GEOMETRY[name])
+    graph_codes = _codes(proto)
+    assert graph_codes == ["geometry"]
+
+
+def _codes(proto: onnx.ModelProto) -> list[str]:
+    from fuser.files import ModelFile
+    from fuser.graphs.onnx import OnnxGraph
+
+    before = proto.SerializeToString(deterministic=True)
+    graph = OnnxGraph(ModelFile.from_proto(proto))
+    remarks = MERGE.run(graph)
+    assert graph.to_model().to_proto().SerializeToString(deterministic=True) == before
+    return [remark.code for remark in remarks]
+
+
+def test_shared_output() -> None:
+    nodes = [conv("x", "a", **SAME), node("Add", ["a", "x"], ["s"]), node("Mul", ["s", "a"])]
+    assert refused(double(nodes), MERGE) == {"shared-output": 1}
+
+
+def test_not_constant() -> None:
+    proto = double([conv("x", "a", "v", **SAME), node("Add", ["a", "x"])])
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("v", DOUBLE, [4, 4, 3, 3]))
+    assert refused(proto, MERGE) == {"not-constant": 1}
+
+
+def test_not_finite() -> None:
+    half = {"w": np.full((4, 4, 3, 3), 6e4, np.float16), "v": np.full((4, 4, 3, 3), 6e4, np.float16)}
+    nodes = [conv("x", "a"), conv("x", "b", "v"), node("Add", ["a", "b"])]
+    proto = model(nodes, constants=half, dtype=onnx.TensorProto.FLOAT16)
+    assert refused(proto, MERGE) == {"not-finite": 1}
+
+
+def test_axis_mismatch() -> None:
+    tensors = {"w": RNG.standard_normal((4, 4, 1, 1)), "k": RNG.standard_normal(4)}
+    nodes = [conv("x", "a"), node("Mul", ["x", "k"], ["m"]), node("Add", ["a", "m"])]  # k lies along the width
+    assert refused(model(nodes, constants=tensors, dtype=DOUBLE, x=("N", 4, 4, 4)), MERGE) == {"axis-mismatch": 1}
+
+
+def test_shape_mismatch() -> None:
+    gemm = node("Gemm", ["x", "m", "c"], ["a"])
+    tensors = {"m": RNG.standard_normal((4, 4)), "c": RNG.standard_normal((3, 4))}  # a bias for each row
+    proto = model([gemm, node("Add", ["a", "x"])], constants=tensors, dtype=DOUBLE, x=(3, 4))
+    assert refused(proto, MERGE) == {"shape-mismatch": 1}
+
+
+def test_shared_weights() -> None:
+    nodes = [conv("x", "a", **SAME), node("Add", ["a", "x"], ["s"]), conv("s", "y", **SAME)]
+    proto = double(nodes)
+    assert refused(proto, MergeBranches(shared_weights="refuse")) == {"shared-weights": 1}
+    _, result = rewritten(proto, MERGE)
+    assert op_types(result.graph) == ["Conv", "Conv"]
+    np.testing.assert_allclose(evaluate(result), evaluate(proto), rtol=1e-9, atol=1e-12)
+
+
+def test_unsound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the algebra wrong, the merge would refuse."""
+    monkeypatch.setattr("fuser.kernels.Kernel.regrouped", lambda self, groups: self.weight * 2)
+    nodes = [conv("x", "a", **SAME), conv("x", "b", "p"), node("Add", ["a", "b"])]
+    assert refused(double(nodes), MERGE) == {"unsound": 1}
+
+
+def test_hooks() -> None:
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.conv(x) - self.conv(x)
+
+    module = Watched().eval()
+    module.conv.register_forward_hook(lambda *_: None)
+    graph = Traced().build(module, (torch.zeros(1, 4, 8, 8),))
+    assert [remark.code for remark in MERGE.run(graph)] == ["hooks"]
+
+
+@pytest.mark.parametrize("host", [Onnx, *HOSTS])
+def test_a_residual_sum_of_unlike_things_is_no_candidate(host: Any) -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return x + self.two(torch.relu(self.one(x)))
+
+    graph = host().build(Residual().eval(), (torch.zeros(1, 4, 8, 8),))
+    assert MERGE.run(graph) == []
