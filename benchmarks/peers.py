@@ -2,7 +2,8 @@
 
     python benchmarks/peers.py [--net resnet] [--seconds 10] [--write]
 
-Each optimizer runs in a process of its own (its seconds and peak memory are told).  Whether its result is right
+Each optimizer runs in a process of its own; its seconds and peak memory are told, imports and, for fuser, the
+proof included.  Whether its result is right
 is judged by the torch module in float64: no further from that than ten times the raw export is, and one part in
 a hundred thousand.
 """

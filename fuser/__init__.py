@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fuser.api import Result, bisect, explain, list_passes, optimize
     from fuser.bench import benchmark
     from fuser.errors import FuserError, InputError, PassError, VerificationError
+    from fuser.many import Outcome, optimize_many
     from fuser.proof import Verification, verify
     from fuser.report import Report
 
@@ -23,6 +24,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "bisect": "fuser.api",
     "optimize": "fuser.api",
+    "optimize_many": "fuser.many",
+    "Outcome": "fuser.many",
     "explain": "fuser.api",
     "list_passes": "fuser.api",
     "Result": "fuser.api",
@@ -39,6 +42,7 @@ _HOMES = {
 __all__ = [
     "FuserError",
     "InputError",
+    "Outcome",
     "PassError",
     "Report",
     "Result",
@@ -49,6 +53,7 @@ __all__ = [
     "explain",
     "list_passes",
     "optimize",
+    "optimize_many",
     "verify",
 ]
 

@@ -92,11 +92,13 @@ class Walker:
         """
         return self._absorption(self._back(value, m, 0))
 
-    def into_readers(self, value: Value, m: Map) -> Absorption | Missed:
-        """Absorb a map into everything that reads `value`, the output of the op that applies the map.
+    def into_readers(self, operand: Value, value: Value, m: Map) -> Absorption | Missed:
+        """Absorb a map into everything that reads `value`, which is the map of `operand`.
 
-        Legal when every reader can take it.
+        Legal when every reader can take it, and sees the operand as the map did.
         """
+        if not self.graph.is_stable(operand):
+            return written(self.graph, operand)
         return self._absorption(self._forth(value, m, 0))
 
     def _absorption(self, takes: Takes) -> Absorption | Missed:
@@ -222,6 +224,9 @@ class Walker:
             takes += found
         if len({id(take.op.node) for take in takes}) < len(takes):
             return Missed("no-linear", f"one reader of {self.graph.describe(value)} takes it twice")
+        bare = [take for take in takes if isinstance(take.op, Linear) and take.op.bias is None]
+        if len(bare) > 1 and m.affine.shift.any():
+            return Missed("grows", f"{len(bare)} matrix products without a bias would each need one")
         return takes
 
     def _into_reader(self, value: Value, name: str, op: Op | None, m: Map, depth: int) -> Takes:
@@ -407,6 +412,15 @@ def shared_weights(graph: Graph, op: Op) -> Missed:
         "shared-weights",
         f"the weight of {graph.describe(op)} has other readers",
         "--shared-weights=copy gives this layer its own copy",
+    )
+
+
+def written(graph: Graph, value: Value) -> Missed:
+    """Said where a value would be read at another time than it was."""
+    return Missed(
+        "written",
+        f"{graph.describe(value)} is written in place, so it is not the same at all times",
+        "give example_inputs to a graph without operations in place",
     )
 
 

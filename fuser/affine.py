@@ -178,18 +178,24 @@ def agree(
     rounding the new constants explains.  It shares no indexing with what computed them.
     """
     outputs = layout.outputs(new.weight.shape)
-    for channel in {0, outputs // 2, outputs - 1}:
+    for channel in {0, outputs // 2, outputs - 1} if outputs else ():
         weight, block = layout.window(old.weight, channel)
-        new_weight, _ = layout.window(new.weight, channel)
-        x = np.cos(np.arange(1.0, weight.size + 1)).reshape(weight.shape)
-        product = _float64(weight) * (x if before is None else before.take(np.arange(before.channels)[block])(x, 0))
-        terms = np.append(old.alpha * product, _last(old.bias, channel))
+        x = np.cos(np.arange(1.0, weight.size + 1))
+        seen = x
+        if before is not None:
+            part = ChannelAffine(before.scale[block], before.shift[block])
+            seen = part(x.reshape(weight.shape), 0).reshape(-1)
+        value, size = _product(weight, seen)
+        bias = _last(old.bias, channel)
+        value, size = old.alpha * value + bias, abs(old.alpha) * size + abs(bias)
         if after is not None:
-            terms = np.append(terms * after.scale[channel], after.shift[channel])
-        new_terms = np.append(_float64(new_weight) * x, _last(new.bias, channel))
-        size = float(np.abs(terms).sum() + np.abs(new_terms).sum())
-        bound = rounding(new.weight.dtype, float(np.abs(new_terms).sum()), x.size) + 1e-12 * size
-        if not abs(float(terms.sum() - new_terms.sum())) <= bound:
+            scale, shift = float(after.scale[channel]), float(after.shift[channel])
+            value, size = value * scale + shift, size * abs(scale) + abs(shift)
+        new_value, new_size = _product(layout.window(new.weight, channel)[0], x)
+        new_bias = _last(new.bias, channel)
+        new_value, new_size = new_value + new_bias, new_size + abs(new_bias)
+        bound = rounding(new.weight.dtype, new_size, x.size) + 1e-12 * (size + new_size)
+        if not abs(value - new_value) <= bound:
             return False
     return True
 
@@ -218,6 +224,12 @@ def chunks(array: Array) -> Iterator[slice]:
     row = max(1, array.size // max(1, array.shape[0]))
     step = max(1, CHUNK // row)
     return (slice(start, start + step) for start in range(0, array.shape[0], step))
+
+
+def _product(weight: Array, x: Array) -> tuple[float, float]:
+    """(sum, sum of magnitudes) of weight * x."""
+    products = _float64(weight).reshape(-1) * x
+    return float(products.sum()), float(np.abs(products).sum())
 
 
 def _last(bias: Array, channel: int) -> float:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fuser.errors import FuserError, InputError
 
@@ -30,7 +31,6 @@ out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 
 err = Console(stderr=True)
 
 In = Annotated[Path, typer.Argument(metavar="IN", help="An .onnx file.")]
-Out = Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Default: IN with the suffix .fused.onnx.")]
 Passes = Annotated[str | None, typer.Option("--passes", metavar="A,B", help="Only these passes, in this order.")]
 Skip = Annotated[str | None, typer.Option("--skip", metavar="A,B", help="All passes but these.")]
 Freeze = Annotated[
@@ -54,8 +54,15 @@ _VERIFY: dict[str, Any] = {"auto": True, "whole": "whole", "none": False}
 
 @app.command()
 def optimize(
-    model: In,
-    output: Out = None,
+    models: Annotated[list[Path], typer.Argument(metavar="IN [OUT]", help="Default for OUT: IN.fused.onnx.")],
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", metavar="DIR", help="Take every argument as an IN; write them to DIR."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", metavar="N", help="With --output-dir: models at a time.")
+    ] = None,
+    json_lines: Annotated[bool, typer.Option("--json-lines", help="With --output-dir: a JSON line for each.")] = False,
     passes: Passes = None,
     skip: Skip = None,
     freeze_inputs: Freeze = False,
@@ -89,28 +96,33 @@ def optimize(
     _writable(report)
     if verify not in _VERIFY:
         raise InputError(f"--verify takes auto, whole or none, not {verify!r}")
+    rewriting: dict[str, Any] = {
+        "passes": _names(passes),
+        "skip": _names(skip) or (),
+        "freeze_inputs": freeze_inputs,
+        "shared_weights": shared_weights,
+    }
+    checking: dict[str, Any] = {
+        "verify": False if no_verify else _VERIFY[verify],
+        "on_failure": on_failure,
+        "input_shapes": _shapes(input_shape),
+        "inputs": inputs,
+        "layout": "auto" if single_file is None else "single" if single_file else "external",
+        "threshold": threshold,
+    }
+    if output_dir is not None:
+        if plan or bench or report:
+            raise InputError("--plan, --bench and --report are for one model, not for --output-dir")
+        _optimize_many(models, output_dir, jobs, json_lines, quiet, {**rewriting, **checking})
+        return
+    if len(models) > 2:
+        raise InputError("give IN and OUT, or several models and --output-dir")
+    model, output = models[0], models[1] if len(models) > 1 else None
     with _progress(quiet) as progress:
-        common: dict[str, Any] = {
-            "passes": _names(passes),
-            "skip": _names(skip) or (),
-            "freeze_inputs": freeze_inputs,
-            "shared_weights": shared_weights,
-            "progress": progress,
-        }
         if plan:
-            story = api.explain(model, **common)
+            story = api.explain(model, progress=progress, **rewriting)
         else:
-            story = api.optimize(
-                model,
-                output,
-                verify=False if no_verify else _VERIFY[verify],
-                on_failure=on_failure,
-                input_shapes=_shapes(input_shape),
-                inputs=inputs,
-                layout="auto" if single_file is None else "single" if single_file else "external",
-                threshold=threshold,
-                **common,
-            ).report
+            story = api.optimize(model, output, progress=progress, **rewriting, **checking).report
     if report is not None:
         report.write_text(story.to_json())
     if not quiet:
@@ -129,6 +141,32 @@ def optimize(
                 progress=progress or _mute,
             )
         out.print(measured.render())
+
+
+def _optimize_many(
+    models: list[Path], folder: Path, jobs: int | None, json_lines: bool, quiet: bool, options: dict[str, Any]
+) -> None:
+    """Several models into one folder; exit code 1 when one of them fails, whatever becomes of the others."""
+    import json
+
+    from fuser.many import Outcome, optimize_many
+
+    def tell(outcome: Outcome) -> None:
+        if json_lines:
+            print(json.dumps(outcome.to_dict(), default=str), flush=True)
+
+    outcomes = optimize_many(models, folder, jobs=jobs, progress=tell, **options)
+    if not json_lines and not quiet:
+        table = Table("model", "applied", "missed", "result", box=None, pad_edge=False)
+        for one in outcomes:
+            story = one.result.report if one.result else None
+            counts = ("", "") if story is None else (str(len(story.applied)), str(len(story.missed)))
+            table.add_row(
+                str(one.path), *counts, Text(f"failed: {one.error}" if one.result is None else str(one.result.model))
+            )
+        out.print(table)
+    if not all(one.ok for one in outcomes):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -256,6 +294,10 @@ def bench(
 
     _writable(json)
     _writable(plot)
+    if plot is not None:
+        from fuser.bench.plot import check
+
+        check(plot)
     if fail_if_slower is not None and after is None:
         raise InputError("--fail-if-slower compares two models; give A and B")
     with _progress(quiet=False) as progress:
@@ -278,8 +320,12 @@ def bench(
         json.write_text(encoder.dumps(result.to_dict(), indent=2, default=str))
     if plot is not None:
         result.plot(plot)
+    if result.interrupted:
+        raise typer.Exit(130)
     if fail_if_slower is not None and result.slower_than(fail_if_slower):
         raise typer.Exit(1)
+    if not result.measured:
+        raise typer.Exit(2)
 
 
 @app.command("passes")

@@ -89,6 +89,10 @@ class Graph(Protocol):
         """Whether `replace(op, by)` leaves no node behind; it must where both values are named in a signature."""
         ...
 
+    def is_stable(self, value: Value) -> bool:
+        """Whether every reader sees the same elements: nobody writes into the value, or into a view of it."""
+        ...
+
     def describe(self, x: Op | Value) -> str:
         """A name under which a person finds it in their model; unique within the model for an op."""
         ...

@@ -132,7 +132,7 @@ def agree(parts: Sequence[Kernel], merged: Kernel, dtype: np.dtype[Any]) -> bool
     origin = [-min(taps) for taps in merged.taps]
     count = merged.inputs * int(np.prod(size))
     window = np.cos(np.arange(1.0, count + 1)).reshape(merged.inputs, *size)
-    for channel in {0, merged.outputs // 2, merged.outputs - 1}:
+    for channel in {0, merged.outputs // 2, merged.outputs - 1} if merged.outputs else ():
         old = [part(window, channel, origin) for part in parts]
         new, magnitude = merged(window, channel, origin)
         total = magnitude + sum(m for _, m in old)

@@ -11,8 +11,8 @@ Refusals:
     not-affine       a constant is divided by the operand, or the numbers are not real
     not-per-channel  the constant varies along more than one axis
     broadcasts       the result is larger than the operand, or may be
-    overridable, quantized, no-linear, shared-output, axis-mismatch, rank, padding, shape-mismatch,
-    not-finite, shared-weights, unsound: as for fold-batch-norm
+    overridable, quantized, no-linear, shared-output, axis-mismatch, rank, padding, written, grows,
+    shape-mismatch, not-finite, shared-weights, unsound: as for fold-batch-norm
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class FoldAffine(RewritePass[Elementwise, Folding]):
             return backward
         if not _keeps_shape(graph, found):
             return Missed("broadcasts", f"{graph.describe(found.operand)} is not as large as the result, or may not be")
-        forward = walker.into_readers(op.output, found.map)
+        forward = walker.into_readers(found.operand, op.output, found.map)
         if isinstance(forward, Absorption):
             return Folding(op, found.operand, forward)
         return backward if forward.code == "no-linear" else forward

@@ -20,6 +20,8 @@ Refusals:
     axis-mismatch     the channels of the linear operator are on another axis
     rank              whether there is a batch axis is not known, or there is none
     padding           the convolution that follows pads with zeros, which a shift does not commute with
+    written           its input is written in place, so that it cannot be read later
+    grows             several matrix products that read it would each need a bias that they do not have
     shape-mismatch    the numbers of channels disagree
     not-finite        the new constants would not be finite in the type of the weight
     shared-weights    the weight has other readers, and copies were not wanted
@@ -54,7 +56,7 @@ class FoldBatchNorm(RewritePass[BatchNorm, tuple[BatchNorm, Absorption]]):
         backward = walker.into_producer(op.input, found.map)
         if isinstance(backward, Absorption):
             return op, backward
-        forward = walker.into_readers(op.output, found.map)
+        forward = walker.into_readers(op.input, op.output, found.map)
         if isinstance(forward, Absorption):
             return op, forward
         return backward if forward.code == "no-linear" else forward

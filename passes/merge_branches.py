@@ -10,6 +10,7 @@ fold-batch-norm and fold-affine.  The operator with the larger kernel stays, so 
 
 Refusals:
     geometry       strides, groups, windows or channels do not allow for one kernel
+    written        the input is written in place, so that it is not the same for both branches
     shared-output  the branch that stays is read elsewhere, too
     not-constant, overridable, quantized, training-mode, rank, axis-mismatch, shape-mismatch, not-finite, hooks,
     shared-weights, unsound: as for fold-batch-norm
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fuser import affine as algebra
-from fuser.absorb import constants_of, shared_weights
+from fuser.absorb import constants_of, shared_weights, written
 from fuser.affine import Constants
 from fuser.graph import Array, Graph
 from fuser.kernels import Kernel, agree
@@ -113,7 +114,7 @@ def _longer(graph: Graph, branch: Branch) -> Branch | None:
     """The reading that starts one op earlier."""
     op = graph.op_producing(branch.source)
     found = affine_op(graph, op) if isinstance(op, BatchNorm | Elementwise) else None
-    if op is None or not isinstance(found, AffineOp):
+    if op is None or not isinstance(found, AffineOp) or not _is_as_made(graph, branch.source):
         return None
     m = found.map.then(branch.map)
     return None if m is None else Branch(found.operand, graph.describe(op), None, m, branch.hooked or op.hooked)
@@ -123,6 +124,11 @@ def _merge(graph: Graph, total: Elementwise, left: Branch, right: Branch) -> Mer
     """The branch with the larger kernel takes the other one."""
     if left.hooked or right.hooked:
         return HOOKED
+    if not graph.is_stable(left.source):
+        return written(graph, left.source)
+    for operand in (total.left, total.right):
+        if not _is_as_made(graph, operand):
+            return written(graph, operand)
     refused: Missed | None = None
     for host, guest, signs in ((left, right, (1, _sign(total))), (right, left, (_sign(total), 1))):
         if host.op is None:
@@ -133,6 +139,11 @@ def _merge(graph: Graph, total: Elementwise, left: Branch, right: Branch) -> Mer
         refused = refused or found
     assert refused is not None
     return refused
+
+
+def _is_as_made(graph: Graph, value: Value) -> bool:
+    """Whether whoever reads the value sees what its op made: the only reader may even write into it."""
+    return graph.is_stable(value) or len(graph.readers(value)) == 1
 
 
 def _sign(total: Elementwise) -> int:

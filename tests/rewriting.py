@@ -37,7 +37,7 @@ def evaluate(proto: onnx.ModelProto) -> np.ndarray:
             shape = [dim.dim_value or 2 for dim in info.type.tensor_type.shape.dim]
             dtype = onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type)
             feeds[str(info.name)] = rng.standard_normal(shape).astype(dtype)
-    return np.asarray(ReferenceEvaluator(proto).run(None, feeds)[0])
+    return np.asarray(ReferenceEvaluator(proto).run(None, feeds)[0])  # type: ignore[index]
 
 
 def applied(proto: onnx.ModelProto, *passes: Pass, bound: float = 1e-12, **options: bool) -> onnx.ModelProto:

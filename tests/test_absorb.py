@@ -80,6 +80,19 @@ def test_a_map_of_the_wrong_size_does_not_move() -> None:
     assert moved_axis((2, 4, 3), (2, 12), random_map(3, 1)) is None
 
 
+def test_maps_compose_along_one_axis_only() -> None:
+    scalar = Map(ChannelAffine(np.array([2.0]), np.array([1.0])), None)
+    inner = random_map(4, 1)
+    for first, second in ((inner, scalar), (scalar, inner)):
+        both = first.then(second)
+        assert both is not None
+        assert both.axis == 1
+        x = np.random.default_rng(2).standard_normal((2, 4, 4))
+        np.testing.assert_allclose(both.affine(x, 1), second.affine(first.affine(x, 1), 1), rtol=1e-12, atol=1e-12)
+    assert inner.then(random_map(4, 2)) is None
+    assert inner.then(random_map(3, 1)) is None
+
+
 def test_an_unreasonable_shape_is_not_followed() -> None:
     assert moved_axis((2, 1 << 13, 1 << 13), (2, 1 << 26), random_map(1 << 13, 1)) is None
 
@@ -108,6 +121,18 @@ def test_every_reader_has_to_take_it() -> None:
     assert refused(model(half, constants=constants(), dtype=DOUBLE), FOLD) == {"no-linear": 1}
     public = model([*taken[:3], node("Neg", ["a"])], constants=constants(), dtype=DOUBLE, outputs=["y", "n"])
     assert refused(public, FOLD) == {"no-linear": 1}
+
+
+def test_grows() -> None:
+    """A shift would put an Add behind each product; a scale, or one product, costs nothing."""
+    products = [node("MatMul", ["n", "a"], ["p"]), node("MatMul", ["n", "b"], ["q"]), node("Mul", ["p", "q"])]
+    nodes = [node("Relu", ["x"], ["r"]), batch_norm("r", "n"), *products]
+    matrices = {"a": np.eye(4), "b": np.eye(4)}
+    proto = model(nodes, constants={**constants(), **matrices}, dtype=DOUBLE, x=(3, 4))
+    assert refused(proto, FOLD) == {"grows": 1}
+    unshifted = {**constants(), **matrices, "beta": np.zeros(4), "mean": np.zeros(4)}
+    result = applied(model(nodes, constants=unshifted, dtype=DOUBLE, x=(3, 4)), FOLD)
+    assert op_types(result.graph) == ["Relu", "MatMul", "MatMul", "Mul"]
 
 
 def test_a_reader_that_takes_it_twice_is_left_alone() -> None:

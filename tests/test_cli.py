@@ -98,6 +98,19 @@ def test_external_data_and_single_file(folder: Path) -> None:
     assert not (folder / "b.onnx.data").exists()
 
 
+def test_many_models_one_of_them_broken(folder: Path) -> None:
+    (folder / "copy.onnx").write_bytes((folder / "net.onnx").read_bytes())
+    (folder / "bad.onnx").write_text("no model")
+    models = [folder / name for name in ("net.onnx", "bad.onnx", "copy.onnx")]
+    done = fuser("optimize", *models, "--output-dir", folder / "out", "--jobs", "2")
+    assert done.returncode == 1
+    assert sorted(os.listdir(folder / "out")) == ["copy.onnx", "net.onnx"]
+    assert op_types(onnx.load(folder / "out" / "net.onnx").graph) == ["Conv", "Relu"]
+    assert "failed: " in done.stdout
+    lines = fuser("optimize", *models, "--output-dir", folder / "out", "--json-lines").stdout.splitlines()
+    assert sorted(not json.loads(line)["error"] for line in lines) == [False, True, True]
+
+
 def test_bench_measures_what_was_written(folder: Path) -> None:
     done = fuser("optimize", folder / "net.onnx", "--bench", "--bench-seconds", "0.2")
     assert done.returncode == 0, done.stderr
@@ -188,6 +201,7 @@ def test_bad_input(command: str, case: str, folder: Path) -> None:
         (["--skip", "nothing"], "there is no pass 'nothing'"),
         (["--input-shape", "x=1,3"], "--input-shape takes NAME:1,3,224,224"),
         (["--on-failure", "ignore"], "on_failure is one of rollback, abort"),
+        (["a.onnx", "b.onnx"], "give IN and OUT, or several models and --output-dir"),
         (["--verify", "maybe"], "--verify takes auto, whole or none"),
         (["--shared-weights", "maybe"], "shared_weights is one of copy, refuse"),
         (["--report", "no/such/folder/r.json"], "cannot write"),

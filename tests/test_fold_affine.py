@@ -109,8 +109,9 @@ def test_not_per_channel() -> None:
 
 
 def test_broadcasts() -> None:
-    proto = double([conv(), node("Mul", ["c", "k"])], k=positive(3, 1, 1, 1, 1))
-    assert refused(proto, FOLD) == {"broadcasts": 1}
+    for shape in ((3, 1, 1, 1, 1), (1, 1, 1, 1, 1)):  # another axis in front
+        proto = double([conv(), node("Mul", ["c", "k"])], k=positive(*shape))
+        assert refused(proto, FOLD) == {"broadcasts": 1}
     nodes = [node("Relu", ["x"], ["r"]), node("Mul", ["r", "k"], ["a"]), conv("a", "y")]
     assert refused(double(nodes, ("N", 1, 8, 8), k=positive(4, 1, 1)), FOLD) == {"broadcasts": 1}  # 1 to 4 channels
     proto = double([conv("x", "c", "narrow"), node("Mul", ["c", "k"])], narrow=W[:1], k=positive(4, 1, 1))

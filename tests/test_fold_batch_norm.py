@@ -71,6 +71,18 @@ def test_gemm(alpha: float, beta: float, shape: tuple[int, ...] | None, turned: 
     assert "BatchNormalization" not in op_types(result.graph)
 
 
+@pytest.mark.parametrize(
+    ("alpha", "beta", "gamma"), [(0.5, 1.0, 2.0), (0.5, 2.0, 2.0), (1.0, 2.0, 3.0), (1.0, 2.0, 1.0)]
+)
+def test_alpha_and_beta_go_even_where_a_constant_keeps_its_value(alpha: float, beta: float, gamma: float) -> None:
+    tensors = constants(w=RNG.standard_normal((4, 4)), b=RNG.standard_normal(4), gamma=np.full(4, gamma))
+    tensors |= {"beta": np.zeros(4), "mean": np.zeros(4), "var": np.ones(4)}
+    for names in (["n", "w"], ["n", "w", "b"]):
+        gemm = node("Gemm", names, alpha=alpha, beta=beta)
+        nodes = [node("Relu", ["x"], ["r"]), batch_norm("r", "n", epsilon=0.0), gemm]
+        applied(double(nodes, tensors, x=(3, 4)), FOLD)
+
+
 def test_matmul_gets_a_bias() -> None:
     result = applied(double([node("MatMul", ["x", "w"], ["c"]), batch_norm()], constants(w=np.eye(4)), x=(3, 4)), FOLD)
     assert op_types(result.graph) == ["MatMul", "Add"]
@@ -283,6 +295,22 @@ def test_rank() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)).eval()
     graph = Traced().build(module, (torch.zeros(2, 4),))
     assert [remark.code for remark in FOLD.run(graph)] == ["rank"]
+
+
+def test_written() -> None:
+    class Later(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.conv = torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            x = torch.sigmoid(x)
+            y = self.norm(x)
+            x.sub_(1)  # the convolution would see this
+            return self.conv(y)
+
+    graph = Traced().build(Later().eval(), (torch.zeros(1, 4, 8, 8),))
+    assert [remark.code for remark in FOLD.run(graph)] == ["written"]
 
 
 def test_unsound(monkeypatch: pytest.MonkeyPatch) -> None:

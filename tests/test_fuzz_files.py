@@ -126,8 +126,8 @@ def run(seeds: range, worker: Worker, folder: Path) -> Counter[str]:
 
 
 def test_mutated_models(worker: Worker, tmp_path: Path) -> None:
-    counts = run(range(300), worker, tmp_path)
-    assert min(counts[kind] for kind in ("refused", "optimized")) >= 20, counts  # the mutations reach both
+    counts = run(range(100), worker, tmp_path)
+    assert min(counts[kind] for kind in ("refused", "optimized")) >= 10, counts  # the mutations reach both
 
 
 @pytest.mark.fuzz

@@ -122,6 +122,8 @@ def same_function(sample: Sample, after: ModelProto, worker: Worker | None, fold
         except Exception:
             assert number, "the generator promises that the first inputs fit"
             continue
+        if not all(np.isfinite(wanted).all() for wanted in truth):
+            continue
         with np.errstate(all="ignore"):
             found = second.run(None, widened(feeds))
         truths.append((feeds, truth))
@@ -198,7 +200,7 @@ def run_seeds(seeds: range, worker: Worker | None, folder: Path) -> Counter[str]
 def test_random_models(worker: Worker, tmp_path: Path) -> None:
     counts = run_seeds(range(100), worker, tmp_path)
     assert counts["changed"] >= 60, counts  # the models give the passes something to do
-    assert counts["run"] >= 40, counts
+    assert counts["run"] >= 25, counts
 
 
 @settings(

@@ -90,6 +90,7 @@ def test_a_difference_is_a_sum_with_the_opposite() -> None:
         ({"stride": 2}, {}, "strides"),
         ({"padding": 0}, {}, "sizes of their results differ"),
         ({}, {"groups": 4}, "1 groups against 4"),
+        ({"channels": (6, 6), "groups": 3}, {"channels": (6, 6), "groups": 2}, "3 groups against 2"),
         ({}, {"size": (1, 1), "padding": 0}, "not inside"),
         ({"padding": (0, 2)}, {}, "not inside"),
     ],

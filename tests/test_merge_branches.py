@@ -221,6 +221,41 @@ def test_hooks() -> None:
     assert [remark.code for remark in MERGE.run(graph)] == ["hooks"]
 
 
+class InPlace(nn.Module):
+    """Two branches of one input, and something written in place between them."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.one, self.two, self.kind = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), kind
+
+    def forward(self, x: torch.Tensor) -> Any:
+        x = torch.sigmoid(x)
+        y = self.one(x)
+        if self.kind == "sum":
+            y += self.two(x)
+            return y
+        if self.kind == "input":
+            x.sub_(0.5).relu_()
+        elif self.kind == "branch":
+            y.relu_()
+        elif self.kind == "slice":
+            x.narrow(1, 0, 1).mul_(5)
+        return y + self.two(x)
+
+
+@pytest.mark.parametrize("kind", ["nothing", "sum", "input", "branch", "slice"])
+@pytest.mark.parametrize("host", [Traced, Exported])
+def test_written(host: Any, kind: str) -> None:
+    module, x = InPlace(kind).double().eval(), torch.randn(1, 4, 5, 5).double()
+    graph = host().build(module, (x.clone(),))
+    outcome = pipeline.run(graph, [MERGE])
+    assert len(outcome.applied) == (kind in ("nothing", "sum"))
+    assert {remark.code for remark in outcome.missed} <= {"written"}
+    np.testing.assert_allclose(
+        host().run(host().result(graph), x.clone()), module(x.clone()).detach(), rtol=1e-12, atol=1e-13
+    )
+
+
 @pytest.mark.parametrize("host", [Onnx, *HOSTS])
 def test_a_residual_sum_of_unlike_things_is_no_candidate(host: Any) -> None:
     class Residual(nn.Module):

@@ -469,3 +469,25 @@ def test_a_name_that_is_not_utf_8_is_refused_in_one_line(name: bytes) -> None:
     broken = proto.SerializeToString().replace(name, name[:2] + b"\xf4" + name[3:])
     with pytest.raises(InputError, match="not UTF-8"):
         graph_of(onnx.ModelProto.FromString(broken))
+
+
+def test_the_rank_of_a_reshape_to_a_computed_shape_is_known_before_that_is_folded() -> None:
+    """Else a second run, which reads the shape as a constant, would apply more than the first."""
+    proto = model(
+        [
+            node("Add", ["half", "half"], ["target"]),
+            node("Reshape", ["x", "target"], ["flat"]),
+            node("Gemm", ["flat", "w", "b"]),
+        ],
+        x=(2, 4),
+        constants={
+            "half": np.array([1, 2]),
+            "w": np.ones((4, 3), np.float32),
+            "b": np.ones(3, np.float32),
+        },
+    )
+    graph = graph_of(proto)
+    linear = the(graph, ops.Linear)
+    assert isinstance(linear, ops.Linear)
+    assert graph.shape(linear.input) == (2, 4)
+    assert (graph.rank(linear.input), graph.rank(linear.output)) == (2, 2)

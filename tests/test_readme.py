@@ -36,7 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     nodes = [conv(), batch_norm("c", "b"), node("Relu", ["b"])]
     onnx.save(model(nodes, constants=conv_constants(), x=(1, 4, 8, 8)), folder / "model.onnx")
     subprocess.run([sys.executable, "-m", "fuser", "optimize", "model.onnx", "-q"], check=True, cwd=folder)
-    (folder / "other.onnx").write_bytes((folder / "model.fused.onnx").read_bytes())
+    for name in ("other.onnx", "a.onnx", "b.onnx"):
+        (folder / name).write_bytes((folder / "model.fused.onnx").read_bytes())
     return folder
 
 

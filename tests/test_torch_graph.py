@@ -156,6 +156,12 @@ def test_a_bias_that_broadcasts_the_product_is_none() -> None:
 
 
 @both_forms
+def test_a_bias_of_another_type_promotes_the_product(host: type) -> None:
+    net = Fn(lambda m, x: x @ m.w + m.b, w=nn.Parameter(torch.randn(4, 6)), b=torch.randn(6, dtype=torch.float64))
+    assert the(build(host, net, image(3, 4)), ops.Linear).bias is None
+
+
+@both_forms
 def test_a_product_that_is_read_twice_keeps_its_bias_apart(host: type) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = x @ m.w

@@ -285,7 +285,7 @@ def test_a_transposed_weight_shares_its_memory_and_a_slice_does_not() -> None:
 @both_forms
 def test_what_becomes_constant_by_an_edit_is_known(host: type) -> None:
     net = Fn(
-        lambda m, x: torch.relu(F.conv2d(x, m.drop(m.w) * 2)),
+        lambda m, x: torch.relu(F.conv2d(x, (m.drop(m.w) * 2).exp())),
         w=nn.Parameter(torch.randn(4, 4, 1, 1)),
         drop=nn.Dropout(),
     )
@@ -321,6 +321,19 @@ def test_an_input_does_not_become_an_output(host: type) -> None:
     assert not graph.can_vanish(op, op.input)
     graph.replace(op, by=op.input)
     same(finish(host, graph, x), x)
+    assert sum(graph.summary().ops.values()) == 1
+
+
+@every_host
+def test_what_normalizes_an_input_can_vanish(host: type) -> None:
+    """The checks of the inputs that torch.export adds only look at them."""
+    net = nn.Sequential(nn.BatchNorm2d(4, affine=False, eps=0), nn.Conv2d(4, 4, 1))
+    graph = build(host, net, x := image())
+    norm = the(graph, ops.BatchNorm)
+    assert graph.can_vanish(norm, norm.input)
+    assert [type(reader.op) for reader in graph.readers(norm.input)] == [ops.BatchNorm]
+    graph.replace(norm, by=norm.input)
+    same(finish(host, graph, x), net(x))
     assert sum(graph.summary().ops.values()) == 1
 
 

@@ -21,18 +21,27 @@ _WORDS = {
 }
 
 
-def plot(benchmark: Benchmark, path: str | os.PathLike[str]) -> None:
-    """Write a .png or .svg file; raises `InputError` without matplotlib, or when nothing was measured."""
-    path = Path(path)
-    if path.suffix not in (".png", ".svg"):
-        raise InputError(f"cannot plot to {path.name}: give a name that ends in .png or .svg")
-    if not benchmark.measured:
-        raise InputError("there is nothing to plot: no arm was measured")
+def check(path: str | os.PathLike[str]) -> None:
+    """Whether a plot can be written there: worth knowing before minutes of measuring.
+
+    Raises `InputError` without matplotlib, and for another kind of file.
+    """
+    if Path(path).suffix not in (".png", ".svg"):
+        raise InputError(f"cannot plot to {Path(path).name}: give a name that ends in .png or .svg")
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise InputError("plots need matplotlib; install graph-fuser[plot]") from None
+
+
+def plot(benchmark: Benchmark, path: str | os.PathLike[str]) -> None:
+    """Write a .png or .svg file; raises `InputError` as `check` does, and when nothing was measured."""
+    check(path)
+    if not benchmark.measured:
+        raise InputError("there is nothing to plot: no arm was measured")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     arms = benchmark.measured
     compared = [arm for arm in arms if arm.comparison]
     figure = Figure(figsize=(7, 2.2 * len(arms) + (1.2 + 0.4 * len(compared) if compared else 0)), layout="constrained")

@@ -141,7 +141,7 @@ def _machine(benchmark: Benchmark) -> str:
     e = benchmark.environment
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
     gpu = f"{e['gpu']['name']}, " if e["gpu"] else ""
-    return f"{gpu}{e['cpu']}, {e['cores']} cores, {e['threads']} threads, seed {e['seed']}; {versions}"
+    return f"{gpu}{e['cpu']}, {e['cores']} cores, threads: {e['threads']}, seed {e['seed']}; {versions}"
 
 
 def interval(x: Interval) -> str:

@@ -119,11 +119,16 @@ class OnnxGraph:
         producer = self.producer(value)
         if producer is not None and producer.op in ("Conv", "ConvTranspose") and len(producer.inputs) > 1:
             return self.rank(producer.inputs[1])  # ONNX has no unbatched convolution
+        if producer is not None and producer.op == "Gemm":
+            return 2
         shape = self.known.shape(value)
         return None if shape is None else len(shape)
 
     def can_vanish(self, op: Op, by: Value) -> bool:
         return not self.wiring.public(op.output) or self._takes_over(by, op)
+
+    def is_stable(self, value: Value) -> bool:
+        return True  # ONNX has values, not memory
 
     def describe(self, x: Op | Value) -> str:
         return self._node_name(x.node) if isinstance(x, Op) else repr(x.name)

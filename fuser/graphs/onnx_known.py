@@ -130,10 +130,20 @@ class KnownValues:
         if isinstance(tensor, gs.Constant):
             return tuple(tensor.shape)
         inferred = self._inferred_shape(tensor)
+        if inferred is None:
+            inferred = self._reshaped(tensor)
         if inferred is None and tensor in self:
             with contextlib.suppress(CannotEvaluate):
                 return tuple(self.evaluate(tensor).shape)
         return inferred
+
+    def _reshaped(self, tensor: gs.Tensor) -> Shape | None:
+        """What a Reshape to a known shape makes: inference does not see through how that shape is computed."""
+        node = tensor.inputs[0] if tensor.inputs else None
+        if node is None or node.op != "Reshape" or len(node.inputs) < 2 or not is_standard(node):
+            return None
+        target = self.value(node.inputs[1])
+        return None if isinstance(target, Missed) else tuple(int(n) if n > 0 else None for n in target)
 
     def inherit(self, tensor: gs.Tensor, source: gs.Tensor) -> None:
         """`tensor` now holds what `source` held."""

@@ -336,9 +336,9 @@ def names_read(graph: GraphProto | FunctionProto) -> set[str]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """GraphSurgeon warns of its own export, which is not used."""
+    """GraphSurgeon warns of its own export, which is not used; what it cannot read, it raises as well as prints."""
     severity = G_LOGGER.severity
-    G_LOGGER.severity = G_LOGGER.CRITICAL
+    G_LOGGER.severity = G_LOGGER.CRITICAL + 1
     try:
         yield
     finally:

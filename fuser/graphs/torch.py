@@ -178,6 +178,9 @@ class TorchGraph:
             return False
         return self._may_share(op.output, by) and self._relaid(op.output, by) is not None
 
+    def is_stable(self, value: Value) -> bool:
+        return not isinstance(value, fx.Node) or not may_be_written(value, self._called)
+
     def describe(self, x: Op | Value) -> str:
         if isinstance(x, Op):
             return self._site(x.node)
