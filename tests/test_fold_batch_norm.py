@@ -89,14 +89,16 @@ def test_matmul_gets_a_bias() -> None:
 
 
 def test_a_concatenation_of_one_branch_forward() -> None:
+    tensors = constants(narrow=RNG.standard_normal((3, 4, 1, 1)), wide=RNG.standard_normal((3, 7, 3, 3)))
     nodes = [
         node("Relu", ["x"], ["r"]),
         batch_norm("r", "n"),
-        node("Concat", ["r", "n"], ["j"], axis=1),
+        conv("x", "z", "narrow"),
+        node("Concat", ["z", "n"], ["j"], axis=1),
         conv("j", "y", "wide"),
     ]
-    result = applied(double(nodes, constants(wide=RNG.standard_normal((3, 8, 3, 3)))), FOLD)
-    assert op_types(result.graph) == ["Relu", "Concat", "Conv"]
+    result = applied(double(nodes, tensors), FOLD)
+    assert op_types(result.graph) == ["Relu", "Conv", "Concat", "Conv"]
 
 
 @pytest.mark.parametrize("function", ["Add", "Sub"])

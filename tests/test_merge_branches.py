@@ -72,13 +72,15 @@ def test_strided_branches_and_a_depthwise_one() -> None:
 
 
 @pytest.mark.parametrize("turned", [0, 1])
-def test_matrix_products(turned: int) -> None:
+@pytest.mark.parametrize("residual", [False, True])
+def test_matrix_products(turned: int, residual: bool) -> None:
     nodes = [
         node("Gemm", ["x", "m", "c"], ["a"], alpha=0.5, beta=2.0, transB=turned),
         node("MatMul", ["x", "n"], ["b"]),
-        node("Add", ["a", "b"], ["s"]),
-        node("Add", ["s", "x"]),
+        node("Add", ["a", "b"], ["s" if residual else "y"]),
     ]
+    if residual:
+        nodes.append(node("Add", ["s", "x"]))
     tensors = {"m": RNG.standard_normal((4, 4)), "n": RNG.standard_normal((4, 4)), "c": RNG.standard_normal(4)}
     proto = model(nodes, constants=tensors, dtype=DOUBLE, x=(3, 4))
     assert op_types(applied(proto, MERGE).graph) == ["Gemm"]

@@ -135,6 +135,9 @@ def test_a_batch_norm_gets_statistics(host: type) -> None:
     ones = np.ones(4, np.float32)
     graph.set_constants(the(graph, ops.BatchNorm), scale=2 * ones, bias=ones, mean=ones, var=4 * ones)
     same(finish(host, graph, x), 2 * (x - 1) / (4 + 1e-5) ** 0.5 + 1)
+    if issubclass(host, Lifted):
+        kinds = [spec.kind.name for spec in graph.result().graph_signature.input_specs]
+        assert kinds == ["PARAMETER"] * 2 + ["BUFFER"] * 3 + ["USER_INPUT"]
     assert float(net[0].running_mean[0]) == 0
 
 
@@ -371,6 +374,21 @@ def test_values_that_are_written_in_place_stay_apart(host: type, forward: Any) -
         graph.replace(norm, by=norm.input)
     same(finish(host, graph, x), expected)
     assert not any("norm" in name.lower() for name in graph.summary().ops)
+
+
+@both_forms
+def test_a_sum_in_place_is_its_left_operand_and_not_its_right_one(host: type) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        x, y = m.a(x), m.b(x)
+        y += x
+        return torch.relu_(y) * x
+
+    net = Fn(forward, a=nn.Conv2d(4, 4, 1), b=nn.Conv2d(4, 4, 1))
+    graph = build(host, net, x := image())
+    total = next(graph.ops(ops.Elementwise))
+    assert graph.can_vanish(total, total.left) and not graph.can_vanish(total, total.right)
+    graph.replace(total, by=total.right)
+    same(finish(host, graph, x), torch.relu(net.a(x)) * net.a(x))
 
 
 @pytest.mark.parametrize("host", [Traced, Exported, Lifted], ids=lambda host: host.__name__)

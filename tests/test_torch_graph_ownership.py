@@ -17,6 +17,7 @@ from test_torch_graph import Fn, image, the
 from test_torch_graph_edits import assert_recorded_values_are_right, doubled, same
 from torch import Tensor, nn
 
+import fuser
 from fuser import ops
 from fuser.errors import InputError
 from fuser.graphs.torch import TorchGraph
@@ -360,3 +361,19 @@ def test_time_grows_with_the_number_of_nodes() -> None:
         return time.process_time() - started
 
     assert min(seconds(600) for _ in range(2)) < 3 * max(seconds(300) for _ in range(2)) + 0.05
+
+
+def test_a_constant_that_no_branch_reads_any_more_is_gone_from_every_later_look() -> None:
+    class Choice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.scale = nn.Parameter(torch.randn(4, 4, 1, 1)), nn.Parameter(torch.randn(4, 1, 1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            weight, scale = self.weight, self.scale
+            return torch.cond(x.sum() > 0, lambda v: nn.functional.conv2d(v, weight) * scale, lambda v: v * 2, (x,))
+
+    x = torch.randn(1, 4, 5, 5)
+    result = fuser.optimize(Choice().eval(), example_inputs=(x,))
+    assert [remark.pass_name for remark in result.report.applied] == ["fold-affine"]
+    assert result.report.verification.passed

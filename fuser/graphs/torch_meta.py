@@ -69,7 +69,7 @@ class Meta:
                 node.meta["tensor_meta"] = _extract_tensor_metadata(value)
 
     def relaid(self, node: fx.Node, value: Any) -> Values | None:
-        """What other nodes evaluate to if `node` evaluates to `value`, the same numbers in another layout.
+        """What nodes evaluate to if `node` evaluates to `value`, the same numbers in another layout.
 
         None where an operator, such as a `view`, needs the old layout.
         """
@@ -92,7 +92,6 @@ class Meta:
                             heapq.heappush(pending, (self._position[reader], reader))
         except Exception:  # whatever an operator raises when it does not take the layout
             return None
-        del new[node]
         return new
 
     def copy_format(self, node: fx.Node, value: Any) -> torch.memory_format:

@@ -43,12 +43,13 @@ class Scope:
         self._position[node] = len(self._position)
         return node
 
-    def remove(self, position: int) -> None:
-        """Take out the placeholder at `position`; nobody reads it."""
+    def remove(self, position: int) -> fx.Node:
+        """Take out the placeholder at `position`, which nobody reads, and return it."""
         node = next(node for node, i in self._position.items() if i == position)
         self.module.graph.erase_node(node)
         rest = sorted(self._position.items() - {(node, position)}, key=lambda item: item[1])
         self._position = {node: i for i, (node, _) in enumerate(rest)}
+        return node
 
     def position(self, placeholder: fx.Node) -> int:
         return self._position[placeholder]
@@ -70,16 +71,18 @@ def pass_in(outside: Scope, call: fx.Node, value: fx.Node) -> dict[fx.Graph, fx.
     return {branch.module.graph: branch.append(value.name, value.meta) for branch in outside.branches[call]}
 
 
-def leave_out(outside: Scope, call: fx.Node, position: int) -> fx.Node | None:
-    """Drop the operand at `position` if no branch reads it; returns the node that loses a reader."""
+def leave_out(outside: Scope, call: fx.Node, position: int) -> tuple[list[fx.Node], fx.Node | None]:
+    """Drop the operand at `position` if no branch reads it.
+
+    Returns the placeholders that are gone, and the node that loses a reader.
+    """
     given = operands(call)
     if any(branch.is_read(position) for branch in outside.branches[call]):
-        return None
-    for branch in outside.branches[call]:
-        branch.remove(position)
+        return [], None
+    gone = [branch.remove(position) for branch in outside.branches[call]]
     call.update_arg(3, given[:position] + given[position + 1 :])
     dropped = given[position]
-    return dropped if isinstance(dropped, fx.Node) else None
+    return gone, dropped if isinstance(dropped, fx.Node) else None
 
 
 def scopes(module: fx.GraphModule) -> dict[fx.Graph, Scope]:

@@ -160,7 +160,8 @@ class Wiring:
             elif scope.call is None and (target := self.carrier.target(node)) is not None:
                 orphans[node] = target
             elif scope.call is not None and node.op == "placeholder":
-                outside = leave_out(self.scope(scope.call), scope.call, scope.position(node))
+                gone, outside = leave_out(self.scope(scope.call), scope.call, scope.position(node))
+                self._erased.update(gone)
                 self._loose += [outside] if outside is not None else []
         if orphans:
             orphans.update(self._siblings(orphans))
