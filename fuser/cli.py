@@ -46,7 +46,10 @@ InputShape = Annotated[
 Inputs = Annotated[
     Path | None, typer.Option("--inputs", metavar="FILE", help="Data for the check: .npz, .npy, test_data_set_0/.")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="The whole story as JSON.")]
+AsJson = Annotated[bool, typer.Option("--json", help="The whole story as JSON, instead of the table.")]
+ReportFile = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE.json", help="Write the whole story to a file, too.")
+]
 
 
 _VERIFY: dict[str, Any] = {"auto": True, "whole": "whole", "none": False}
@@ -86,7 +89,8 @@ def optimize(
     ] = 1024,
     bench: Annotated[bool, typer.Option("--bench", help="Also measure the latency before and after.")] = False,
     bench_seconds: Annotated[float, typer.Option("--bench-seconds", help="How long each arm is measured.")] = 10.0,
-    report: Annotated[Path | None, typer.Option("--report", metavar="FILE.json", help="Write the whole story.")] = None,
+    json: AsJson = False,
+    report: ReportFile = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="A line for each candidate.")] = False,
 ) -> None:
@@ -111,21 +115,25 @@ def optimize(
         "threshold": threshold,
     }
     if output_dir is not None:
-        if plan or bench or report:
-            raise InputError("--plan, --bench and --report are for one model, not for --output-dir")
+        if plan or bench or report or json:
+            raise InputError("--plan, --bench, --json and --report are for one model, not for --output-dir")
         _optimize_many(models, output_dir, jobs, json_lines, quiet, {**rewriting, **checking})
         return
     if len(models) > 2:
         raise InputError("give IN and OUT, or several models and --output-dir")
     model, output = models[0], models[1] if len(models) > 1 else None
-    with _progress(quiet) as progress:
+    if json and bench:
+        raise InputError("--json is the story of the rewrites; measure with `fuser bench IN OUT --json`")
+    with _progress(quiet or json) as progress:
         if plan:
             story = api.explain(model, progress=progress, **rewriting)
         else:
             story = api.optimize(model, output, progress=progress, **rewriting, **checking).report
     if report is not None:
         report.write_text(story.to_json())
-    if not quiet:
+    if json:
+        print(story.to_json())
+    elif not quiet:
         out.print(story.render(verbose=verbose))
         if plan:
             out.print("a plan: nothing was written")
@@ -279,12 +287,14 @@ def bench(
     seconds: Annotated[float, typer.Option("--seconds", help="How long each arm is measured.")] = 10.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the inputs and of the order of the rounds.")] = 0,
     profile: Annotated[bool, typer.Option("--profile", help="Also the operators that take the time.")] = False,
-    json: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Raw samples and environment.")] = None,
+    json: AsJson = False,
+    report: ReportFile = None,
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="The distributions, .png or .svg.")
     ] = None,
     fail_if_slower: Annotated[
-        float | None, typer.Option("--fail-if-slower", metavar="PERCENT", help="Exit 1 when B is slower than that.")
+        float | None,
+        typer.Option("--fail-if-slower", metavar="[PERCENT]", help="Exit 1 when B is slower, or slower than that."),
     ] = None,
 ) -> None:
     """Measure the latency of A, or of A against B: faster, slower, no measurable change or inconclusive."""
@@ -292,7 +302,7 @@ def bench(
 
     from fuser.bench import benchmark
 
-    _writable(json)
+    _writable(report)
     _writable(plot)
     if plot is not None:
         from fuser.bench.plot import check
@@ -300,7 +310,7 @@ def bench(
         check(plot)
     if fail_if_slower is not None and after is None:
         raise InputError("--fail-if-slower compares two models; give A and B")
-    with _progress(quiet=False) as progress:
+    with _progress(quiet=json) as progress:
         result = benchmark(
             before,
             after,
@@ -315,9 +325,14 @@ def bench(
             profile=profile,
             progress=progress or _mute,
         )
-    out.print(result.render())
-    if json is not None:
-        json.write_text(encoder.dumps(result.to_dict(), indent=2, default=str))
+    if report is not None or json:
+        story = encoder.dumps(result.to_dict(), indent=2, default=str)
+    if report is not None:
+        report.write_text(story)
+    if json:
+        print(story)
+    else:
+        out.print(result.render())
     if plot is not None:
         result.plot(plot)
     if result.interrupted:
@@ -345,7 +360,7 @@ def list_passes() -> None:
 def main() -> None:
     """The console script."""
     try:
-        app()
+        app(_with_values(sys.argv[1:]))
     except FuserError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -357,6 +372,15 @@ def main() -> None:
         if os.environ.get("FUSER_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (FUSER_DEBUG=1 shows where)", 1)
+
+
+def _with_values(args: list[str]) -> list[str]:
+    """`--fail-if-slower` may stand without its number, which typer does not know how to say: that is 0 %."""
+    given = list(args)
+    for i, arg in enumerate(args):
+        if arg == "--fail-if-slower" and not "".join(args[i + 1 : i + 2]).replace(".", "", 1).isdigit():
+            given[i] = "--fail-if-slower=0"
+    return given
 
 
 def _fail(message: str, code: int) -> None:

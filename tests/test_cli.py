@@ -14,7 +14,7 @@ import pytest
 from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
 from typer.testing import CliRunner
 
-from fuser.cli import app
+from fuser.cli import _with_values, app
 
 
 def fuser(*arguments: str | Path, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
@@ -88,6 +88,33 @@ def test_the_report_is_json_with_the_whole_story(folder: Path) -> None:
     assert story["after"]["ops"] == {"Conv": 1, "Relu": 1}
     assert story["verification"]["passed"] is True
     assert story["written"] == [str(folder / "net.fused.onnx")]
+
+
+def test_optimize_as_json_prints_nothing_else(folder: Path) -> None:
+    story = json.loads(fuser("optimize", folder / "net.onnx", "--json").stdout)
+    assert story["written"] == [str(folder / "net.fused.onnx")]
+    assert "fuser bench" in fuser("optimize", folder / "net.onnx", "--json", "--bench").stderr
+
+
+def test_bench_as_json_and_to_a_file(folder: Path) -> None:
+    net, story = folder / "net.onnx", folder / "bench.json"
+    done = fuser("bench", net, "--arms", "ort-on", "--seconds", "0.2", "--json", "--report", story)
+    assert json.loads(done.stdout) == json.loads(story.read_text())
+    assert [arm["name"] for arm in json.loads(done.stdout)["arms"]] == ["ort-on"]
+
+
+@pytest.mark.parametrize(
+    "given, seen",
+    [
+        (["--fail-if-slower"], ["--fail-if-slower=0"]),
+        (["--fail-if-slower", "2.5"], ["--fail-if-slower", "2.5"]),
+        (["a", "--fail-if-slower", "--json"], ["a", "--fail-if-slower=0", "--json"]),
+        (["--fail-if-slower", "a.onnx", "b.onnx"], ["--fail-if-slower=0", "a.onnx", "b.onnx"]),
+        (["--fail-if-slower=5"], ["--fail-if-slower=5"]),
+    ],
+)
+def test_fail_if_slower_may_stand_without_its_number(given: list[str], seen: list[str]) -> None:
+    assert _with_values(given) == seen
 
 
 def test_external_data_and_single_file(folder: Path) -> None:
