@@ -24,7 +24,7 @@ import fuser
 from fuser import files
 from fuser.bench import Benchmark, environment, instance, render, sampling
 from fuser.bench.arms import ARMS, DEFAULTS, DUPLICATED, select
-from fuser.bench.costs import Costs, file_bytes, onnx_multiply_adds, torch_multiply_adds
+from fuser.bench.costs import Costs, file_bytes, of_torch, onnx_multiply_adds
 from fuser.bench.host_onnx import op_times
 from fuser.bench.instance import Job, Opened, OpTime, Warm
 from fuser.bench.result import ArmResult
@@ -325,10 +325,21 @@ def test_multiply_adds_are_those_that_torch_counts(tmp_path):
     ).eval()
     x = torch.zeros(2, 4, 17, 17)
     program = torch.onnx.export(net, (x,), dynamo=True, optimize=False, verbose=False)
-    expected = torch_multiply_adds(net, (x,), {})
+    expected = of_torch(net, (x,), {}).multiply_adds
     hand = 2 * 8 * 8 * 8 * 2 * 9 + 2 * 8 * 8 * 8 * 3 * 9 + 2 * 6 * 289 * 5 + 2 * 30 * 7
     assert onnx_multiply_adds(program.model_proto, {program.model_proto.graph.input[0].name: x.shape}) == expected
     assert expected == hand
+
+
+def test_a_module_and_its_graph_are_counted_alike_by_what_runs():
+    conv, norm = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)
+    net, x = nn.Sequential(conv, norm, nn.ReLU(), conv, nn.Flatten()).eval(), torch.zeros(1, 2, 9, 9)
+    program = torch.export.export(net, (x,))
+    expected = {"aten.convolution": 2, "aten.native_batch_norm": 1, "aten.relu": 1}
+    for model in (net, torch.fx.symbolic_trace(net), program.module(), program):
+        assert of_torch(model, (x,), {}).ops == expected
+    broken = of_torch(net, (torch.zeros(1, 3, 9, 9),), {})
+    assert (broken.ops, broken.multiply_adds) == ({}, None)
 
 
 def test_multiply_adds_follow_the_inputs_and_are_none_when_unknown():

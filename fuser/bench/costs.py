@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
@@ -44,30 +45,15 @@ def of_torch(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Co
     import torch
 
     program = isinstance(model, torch.export.ExportedProgram)
-    graph = getattr(model, "graph", None)
-    if isinstance(graph, torch.fx.Graph):
-        calls = [node for node in graph.nodes if node.op.startswith("call_")]
-        names = [_torch_name(model, node) for node in calls]
-    else:  # a module counts its leaves
-        names = [type(m).__name__ for m in model.modules() if not any(m.children())]
     tensors = list((model.state_dict if program else model.state_dict()).values())
     floats = [t for t in tensors if t.is_floating_point()]
-    summary = Summary(
-        {name: names.count(name) for name in dict.fromkeys(names)},
-        sum(t.numel() for t in floats),
-        sum(t.numel() * t.element_size() for t in tensors),
-    )
-    return _costs(summary, None, torch_multiply_adds(model.module() if program else model, args, kwargs))
+    ops, multiply_adds = _counted(model.module() if program else model, args, kwargs)
+    summary = Summary(ops, sum(t.numel() for t in floats), sum(t.numel() * t.element_size() for t in tensors))
+    return _costs(summary, None, multiply_adds)
 
 
 def _costs(summary: Summary, size: int | None, multiply_adds: int | None) -> Costs:
     return Costs(size, dict(summary.ops), summary.parameters, summary.bytes, multiply_adds)
-
-
-def _torch_name(model: Any, node: Any) -> str:
-    if node.op == "call_module":
-        return type(model.get_submodule(node.target)).__name__
-    return str(getattr(node.target, "__name__", node.target))
 
 
 def file_bytes(proto: onnx.ModelProto, path: Path) -> int:
@@ -135,14 +121,27 @@ def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...] | None:
     return tuple(d.dim_value for d in tensor.shape.dim)
 
 
-def torch_multiply_adds(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
-    """Multiply-adds of one call, by torch's own counter of floating-point operations; None when it fails."""
+def _counted(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[dict[str, int], int | None]:
+    """The operators that one call runs, and its multiply-adds by torch's own counter.
+
+    What runs is the one thing that a module and the graph made of it can be compared by; a view computes nothing.
+    No operators and None when the call fails: the arms will say what is wrong with the model.
+    """
     import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
+    ran: Counter[str] = Counter()
+
+    class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not op.is_view and op.overloadpacket is not torch.ops.aten.empty:
+                ran[str(op.overloadpacket)] += 1
+            return op(*args, **(kwargs or {}))
+
     try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, Operators():  # type: ignore[no-untyped-call]
             model(*args, **kwargs)
-    except Exception:  # the arms will say what is wrong with the model
-        return None
-    return int(counter.get_total_flops()) // 2
+    except Exception:
+        return {}, None
+    return dict(ran), int(counter.get_total_flops()) // 2
