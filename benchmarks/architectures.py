@@ -6,6 +6,7 @@ show.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 from collections.abc import Callable
@@ -111,6 +112,7 @@ def build(name: str, seed: int = 0) -> nn.Module:
     """The network, in eval mode, with seeded weights and statistics."""
     torch.manual_seed(seed)
     if name.startswith("timm/"):
+        _declare_torchvision_operators()
         import timm
 
         model = timm.create_model(name.removeprefix("timm/"), pretrained=False)
@@ -125,6 +127,20 @@ def build(name: str, seed: int = 0) -> nn.Module:
                     module.weight.uniform_(0.5, 1.5)
                     module.bias.normal_(0, 0.2)
     return model.eval()
+
+
+@functools.cache
+def _declare_torchvision_operators() -> None:
+    """torchvision declares fakes of operators that it has in compiled builds only; timm imports it."""
+    if importlib.util.find_spec("torchvision") and not hasattr(torch.ops.torchvision, "nms"):
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []
+"""A library takes its operators along when it goes."""
 
 
 def example(batch: int = 1, seed: int = 0) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 
 from fuser import affine as algebra
 from fuser.affine import ChannelAffine, Constants, WeightLayout
-from fuser.graph import Array, Dim, Graph, Reader
+from fuser.graph import Array, Dim, Graph, element_readers
 from fuser.maps import Map
 from fuser.ops import (
     AveragePool,
@@ -127,7 +127,7 @@ class Walker:
             op = self.graph.op_producing(value)
             if op is None or depth > MAX_BRANCHES:
                 return Missed("no-linear", f"{self.graph.describe(value)} is not made by a linear operator")
-            readers = self._readers(value)
+            readers = element_readers(self.graph, value)
             if len(readers) > 1:
                 names = ", ".join(dict.fromkeys(reader.name for reader in readers))
                 return Missed("shared-output", f"{self.graph.describe(value)} is read by more than this: {names}")
@@ -213,7 +213,7 @@ class Walker:
     # -- forward
 
     def _forth(self, value: Value, m: Map, depth: int) -> Takes:
-        readers = self._readers(value)
+        readers = element_readers(self.graph, value)
         if not readers or depth > MAX_BRANCHES:
             return Missed("no-linear", f"nothing reads {self.graph.describe(value)} that could take it")
         takes: list[Take] = []
@@ -294,10 +294,6 @@ class Walker:
                 name = self.graph.describe(op)
                 return Missed("axis-mismatch", f"it works along axis {m.axis}, but {name} sums over another axis")
         return [Take(op, m.affine, after=False)]
-
-    def _readers(self, value: Value) -> list[Reader]:
-        """Who reads the elements of a value: a map changes nothing for who only asks for the shape."""
-        return [reader for reader in self.graph.readers(value) if not reader.shape_only]
 
     # -- the constants
 

@@ -26,7 +26,7 @@ O = TypeVar("O", bound=Op)  # noqa: E741
 class Reader(NamedTuple):
     """Who reads a value: a name for a person, and the op where the vocabulary has one.
 
-    shape_only: it looks at the value's shape and never at its elements.
+    shape_only: it looks at the value's shape and type and never at its elements.
     """
 
     name: str
@@ -126,3 +126,8 @@ class Graph(Protocol):
     def commit(self) -> None:
         """Drop what the edits orphaned and check that the graph is valid; raises ValueError if it is not."""
         ...
+
+
+def element_readers(graph: Graph, value: Value) -> list[Reader]:
+    """Who reads the elements of a value: new numbers of the same shape change nothing for the others."""
+    return [reader for reader in graph.readers(value) if not reader.shape_only]

@@ -26,7 +26,7 @@ import numpy as np
 from fuser import affine as algebra
 from fuser.absorb import constants_of, shared_weights, written
 from fuser.affine import Constants
-from fuser.graph import Array, Graph
+from fuser.graph import Array, Graph, element_readers
 from fuser.kernels import Kernel, agree
 from fuser.maps import IDENTITY, AffineOp, Map, affine_op
 from fuser.ops import BatchNorm, Conv, Elementwise, Linear, Value
@@ -153,7 +153,7 @@ def _sign(total: Elementwise) -> int:
 def _take_in(
     graph: Graph, total: Elementwise, op: Conv | Linear, guest: Branch, sign: int, guest_sign: int
 ) -> Merge | Missed:
-    readers = graph.readers(op.output)
+    readers = element_readers(graph, op.output)
     if len(readers) > 1:
         names = ", ".join(dict.fromkeys(reader.name for reader in readers))
         return Missed("shared-output", f"{graph.describe(op.output)} is read by more than this: {names}")

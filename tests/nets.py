@@ -107,6 +107,24 @@ def flattened() -> nn.Module:
     )
 
 
+def flattened_and_back() -> nn.Module:
+    """The same, with the shape taken from the linear's own output."""
+    return Net(
+        lambda m, x: m.norm((y := m.linear(x)).flatten(0, 1)).reshape_as(y),
+        linear=nn.Linear(4, 6),
+        norm=nn.BatchNorm1d(6),
+    )
+
+
+def shape_of_the_conv() -> nn.Module:
+    """The conv's output is asked for its shape, and for nothing else."""
+    return Net(
+        lambda m, x: m.norm(y := m.conv(x)).reshape(y.shape[0], 6, y.shape[2] * y.shape[3]),
+        conv=nn.Conv2d(4, 6, 3),
+        norm=nn.BatchNorm2d(6),
+    )
+
+
 def channels_last_linear() -> nn.Module:
     return Net(
         lambda m, x: m.norm(m.linear(x).transpose(1, 2)).transpose(1, 2), linear=nn.Linear(4, 6), norm=nn.BatchNorm1d(6)
@@ -180,6 +198,8 @@ CASES: dict[str, Case] = {
     "rank-3-linear": Case(
         after(nn.Linear(4, 5), nn.BatchNorm1d(5)), (2, 5, 4), {"axis-mismatch": 1}, {"Traced": {"rank": 1}}
     ),
+    "flattened-and-back": Case(flattened_and_back, (2, 5, 4), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
+    "shape-of-the-conv": Case(shape_of_the_conv, (2, 4, 8, 8), {"applied": 1}),
     "flattened": Case(flattened, (2, 5, 4), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
     "channels-last-linear": Case(channels_last_linear, (2, 5, 4), {"applied": 1}),
     "unbatched": Case(

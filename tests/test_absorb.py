@@ -18,7 +18,7 @@ from rewriting import DOUBLE, applied, refused
 from fuser.absorb import moved_axis
 from fuser.affine import ChannelAffine
 from fuser.files import ModelFile
-from fuser.graph import Dim, Reader
+from fuser.graph import Dim
 from fuser.graphs.onnx import OnnxGraph
 from fuser.maps import Map
 
@@ -101,16 +101,16 @@ def constants() -> dict[str, Any]:
     return conv_constants(dtype=np.float64)
 
 
-def test_a_reader_of_the_shape_alone_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reader_of_the_shape_alone_is_in_nobodys_way() -> None:
     nodes = [conv(), batch_norm("c", "n"), node("Shape", ["c"], ["s"]), node("Reshape", ["n", "s"])]
     proto = model(nodes, constants=constants(), dtype=DOUBLE)
-    original = OnnxGraph.readers
-
-    def readers(self: OnnxGraph, value: Any) -> list[Reader]:
-        return [r._replace(shape_only=r.name.startswith("shape_")) for r in original(self, value)]
-
-    monkeypatch.setattr(OnnxGraph, "readers", readers)
     assert op_types(applied(proto, FOLD).graph) == ["Conv", "Shape", "Reshape"]
+    nodes[2] = node("CastLike", ["one", "c"], ["s"])
+    nodes[3] = node("Mul", ["n", "s"])
+    proto = model(nodes, constants={**constants(), "one": np.float32(1)}, dtype=DOUBLE)
+    assert op_types(applied(proto, FOLD).graph) == ["Conv", "CastLike", "Mul"]
+    nodes[2] = node("CastLike", ["c", "n"], ["s"])  # this one takes the elements
+    assert refused(model(nodes, constants=constants(), dtype=DOUBLE), FOLD) == {"shared-output": 1}
 
 
 def test_every_reader_has_to_take_it() -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hosts_torch import HOSTS, Decomposed, Exported, Lifted, Traced
 from torch import Tensor, fx, nn
 
+import fuser
 from fuser import ops
 from fuser.graphs.torch import TorchGraph
 from fuser.remarks import Missed
@@ -647,3 +648,36 @@ def test_hooks_on_a_container_keep_it_whole_and_keep_running() -> None:
     assert seen == [] and len(list(graph.ops(ops.Conv))) == 1
     graph.result()(image())
     assert len(seen) == 1 and isinstance(seen[0], Tensor)
+
+
+def test_the_rank_behind_a_number_and_behind_a_transposed_weight_is_known_at_once() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.b = nn.Parameter(torch.randn(4, 4)), nn.Parameter(torch.randn(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.w.t() + self.b) * 2.0 + 1
+
+    first = fuser.optimize(Product().eval(), verify=False)
+    assert [r.site for r in first.report.applied] == ["t", "mul", "add_1"]
+    conv, norm = nn.Conv2d(2, 2, 3), nn.BatchNorm2d(2)
+    behind = Fn(lambda m, x: m.norm(m.conv(x) * -0.5 + 1), conv=conv, norm=norm).eval()
+    second = fuser.optimize(behind, verify=False)
+    assert [r.site for r in second.report.applied] == ["mul", "add", "norm"]
+
+
+def asks(question: Callable[[Tensor], Any]) -> list[bool]:
+    """shape_only of the readers of a convolution's output that `question` makes."""
+    net = Fn(lambda m, x: question(m.conv(x)), conv=nn.Conv2d(2, 2, 3)).eval()
+    graph = TorchGraph.from_module(net)
+    (conv,) = graph.ops(ops.Conv)
+    return [reader.shape_only for reader in graph.readers(conv.output)]
+
+
+def test_who_looks_at_the_shape_only() -> None:
+    assert asks(lambda y: (y.shape, y.size(0), y.dim(), torch.zeros_like(y), y.new_zeros(3))) == [True] * 5
+    assert asks(lambda y: torch.zeros(2, 3).reshape_as(y)) == [True]
+    assert asks(lambda y: y.reshape_as(torch.zeros(2, 3))) == [False]
+    assert asks(lambda y: y.reshape_as(y)) == [False, False]
+    assert asks(lambda y: (y.T, y.data, y.sum(), torch.full((2,), 1.0).mul(y))) == [False] * 4

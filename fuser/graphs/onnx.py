@@ -23,6 +23,7 @@ from fuser.graphs.onnx_readers import (
     OLDEST_OPSET,
     OPERANDS,
     READERS,
+    SHAPE_ONLY,
     NodeReader,
     Unreadable,
     bias_add,
@@ -101,12 +102,13 @@ class OnnxGraph:
     def readers(self, value: Value) -> Sequence[Reader]:
         home, constant = self.wiring.home(value), value in self.known
         found = []
-        for node, _ in self.wiring.uses(value):
+        for node, position in self.wiring.uses(value):
             if constant and self.known.is_foldable(node):  # it is computed ahead of run time, like the value itself
                 continue
             # An op inside a body may run many times or never: outside, it is a reader without a meaning.
             op = self.read(node) if self.wiring.scope(node) is home else None
-            found.append(Reader(self._node_name(node), op))
+            shape_only = (node.op, position) in SHAPE_ONLY and is_standard(node)
+            found.append(Reader(self._node_name(node), op, shape_only))
         return found + [Reader(name, None) for name in self.wiring.public(value)]
 
     def constant(self, value: Value) -> Array | Missed:

@@ -31,6 +31,7 @@ from fuser.graphs.torch_purity import (
     is_fresh,
     is_guard,
     is_private,
+    looks_at_shape_only,
     may_be_written,
     written_operands,
 )
@@ -69,7 +70,7 @@ class TorchGraph:
         self._constants = Constants(self._wiring.order, self._wiring.origin, self._called)
         self._sites = name_sites(self._wiring.order, self._wiring.scopes, self._constants.is_known)
         unknown = [node for node in self._wiring.order if meta_tensor(node) is None]
-        self._facts = Facts(unknown, self._called, self._tensor)
+        self._facts = Facts(unknown, self._called, self._known_tensor)
         self._module_tensors: dict[tuple[str, str], ModuleTensor] = {}
 
     @classmethod
@@ -158,8 +159,8 @@ class TorchGraph:
         tensor: TensorLike | None = self._tensor(value)
         if tensor is None and isinstance(value, fx.Node):
             tensor = meta_tensor(value)
-            if tensor is None and self._constants.is_known(value):
-                tensor = self._computed(value)
+            if tensor is None:
+                tensor = self._known_tensor(value)
         if tensor is None:
             return None
         return tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
@@ -366,6 +367,11 @@ class TorchGraph:
             found = self._wiring.origin(found)
         return found if isinstance(found, torch.Tensor) and not self._constants.is_written(found) else None
 
+    def _known_tensor(self, node: fx.Node) -> torch.Tensor | None:
+        """The tensor that is stored, or that an expression of stored ones makes."""
+        tensor = self._tensor(node)
+        return self._computed(node) if tensor is None and self._constants.is_known(node) else tensor
+
     def _computed(self, node: fx.Node) -> torch.Tensor | None:
         """The value of an expression of constants; None where it is no tensor."""
         try:
@@ -398,6 +404,8 @@ class TorchGraph:
             if user.op == "output":
                 label = self._wiring.scope(user).label or "graph"
                 yield from (Reader(f"{label} output {i}", None) for i, node in enumerate(taken) if node is value)
+            elif looks_at_shape_only(user, value):
+                yield self._reader(user)._replace(shape_only=True)
             elif not is_guard(self._called(user)):
                 yield from [self._reader(user)] * taken.count(value)
 
@@ -468,4 +476,6 @@ def _kind_of_tensor(tensor: torch.Tensor) -> str:
     return "tensor on the meta device" if tensor.device.type == "meta" else type(tensor).__name__
 
 
-_STRIDED = frozenset({"view", "view_as", "as_strided", "stride", torch.as_strided, aten.view.default})
+_STRIDED = frozenset(
+    {"view", "view_as", "as_strided", "stride", torch.as_strided, aten.view.default, aten.view_as.default}
+)

@@ -105,6 +105,8 @@ _METHODS: dict[str, OpOverload] = {
     "flatten": aten.flatten.using_ints,
     "view": aten.view.default,
     "reshape": aten.reshape.default,
+    "view_as": aten.view_as.default,
+    "reshape_as": aten.reshape_as.default,
     "squeeze": aten.squeeze.dim,
     "unsqueeze": aten.unsqueeze.default,
     "unflatten": aten.unflatten.int,

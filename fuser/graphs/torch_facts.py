@@ -148,6 +148,8 @@ class Facts:
         elif name in ("view", "reshape"):
             sizes = given.get("size", given.get("shape"))
             self._learn(node, Bounds(len(sizes), len(sizes)) if isinstance(sizes, (list, tuple)) else Bounds(), dtype)
+        elif name in ("view_as", "reshape_as") and isinstance(given["other"], fx.Node):
+            self._relate(node, given["other"], 0, dtype)
         elif name == "permute":
             self._learn(data, Bounds(len(given["dims"]), len(given["dims"])))
             self._relate(node, data, 0, dtype)
@@ -170,10 +172,14 @@ class Facts:
             self._relate(node, data, start - end, self.dtype.get(data))
 
     def _broadcast(self, node: fx.Node, left: Any, right: Any) -> None:
-        tensors = [value for value in (left, right) if isinstance(value, fx.Node)]
-        if tensors and all(isinstance(value, (fx.Node, int, float)) for value in (left, right)):
-            bounds = [self._bounds.get(tensor, Bounds()) for tensor in tensors]
-            self._learn(node, Bounds(max(b.low for b in bounds), max(b.high for b in bounds)))
+        """The result has as many axes as the wider operand; a number has none."""
+        if all(isinstance(value, (fx.Node, int, float)) for value in (left, right)):
+            a, b = (self._bounds.get(x, Bounds()) if isinstance(x, fx.Node) else Bounds(0, 0) for x in (left, right))
+            self._learn(node, Bounds(max(a.low, b.low), max(a.high, b.high)))
+            result = self._bounds[node]
+            for value, other in ((left, b), (right, a)):
+                if isinstance(value, fx.Node):  # the wider one, where the other cannot be it
+                    self._learn(value, Bounds(result.low if other.high < result.low else 0, result.high))
         self._learn(node, Bounds(), common_dtype(left, right, self._dtype_of, self.rank))
 
     def _dtype_of(self, value: Any) -> torch.dtype | None:

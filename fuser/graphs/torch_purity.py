@@ -167,10 +167,39 @@ def is_fresh(node: fx.Node, module: nn.Module | None) -> bool:
         return owner in _FRESH_MODULES and not getattr(module, "inplace", False) and not isinstance(module, nn.Identity)
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
         return isinstance(node.args[1], int) and is_fresh(node.args[0], None)
+    return _FRESH_OPERATORS.fullmatch(_known_name(node)) is not None and not written_operands(node, module)
+
+
+def _known_name(node: fx.Node) -> str:
+    """What the method, or the function of torch's or the language's, is called; empty for a user's function."""
     target: Any = node.target
-    name = str(target) if node.op == "call_method" else getattr(target, "_opname", getattr(target, "__name__", ""))
-    known = node.op == "call_method" or isinstance(target, OpOverload) or is_known_function(target)
-    return known and _FRESH_OPERATORS.fullmatch(name) is not None and not written_operands(node, module)
+    if node.op == "call_method":
+        return str(target)
+    if node.op != "call_function" or not (isinstance(target, OpOverload) or is_known_function(target)):
+        return ""
+    return str(getattr(target, "_opname", getattr(target, "__name__", "")))
+
+
+_SHAPE_OF_FIRST = frozenset(
+    "size sym_size dim ndimension numel nelement sym_numel len zeros_like ones_like empty_like full_like rand_like "
+    "randn_like new_zeros new_ones new_full new_empty is_floating_point".split()
+)
+_SHAPE_OF_SECOND = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
+_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
+
+
+def looks_at_shape_only(node: fx.Node, value: fx.Node) -> bool:
+    """Whether the node asks for the value's shape, type or device, and never for its elements."""
+    taken: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), taken.append)
+    if taken.count(value) != 1:
+        return False
+    name = _known_name(node)
+    if name == "getattr":
+        return node.args[1] in _SHAPE_ATTRIBUTES
+    if name in _SHAPE_OF_FIRST:
+        return value in (*node.args[:1], node.kwargs.get("input"), node.kwargs.get("self"))
+    return name in _SHAPE_OF_SECOND and value in (*node.args[1:2], node.kwargs.get("other"))
 
 
 Called = Callable[[fx.Node], nn.Module | None]

@@ -327,7 +327,7 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     "slice": (ops.Identity, _slice),
     **dict.fromkeys(("clone", "contiguous", "to", "_to_copy"), (ops.Identity, _copy)),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten"), (ops.Reshape, _reshape)),
-    **dict.fromkeys(("squeeze", "unsqueeze"), (ops.Reshape, _reshape)),
+    **dict.fromkeys(("view_as", "reshape_as", "squeeze", "unsqueeze"), (ops.Reshape, _reshape)),
     "getitem": (ops.Reshape, _index),
     "permute": (ops.Transpose, _permute),
     "transpose": (ops.Transpose, _transpose),
