@@ -127,7 +127,7 @@ class Walker:
             op = self.graph.op_producing(value)
             if op is None or depth > MAX_BRANCHES:
                 return Missed("no-linear", f"{self.graph.describe(value)} is not made by a linear operator")
-            readers = self._readers(value)
+            readers = element_readers(self.graph, value)
             if len(readers) > 1:
                 names = ", ".join(dict.fromkeys(reader.name for reader in readers))
                 return Missed("shared-output", f"{self.graph.describe(value)} is read by more than this: {names}")
@@ -213,7 +213,7 @@ class Walker:
     # -- forward
 
     def _forth(self, value: Value, m: Map, depth: int) -> Takes:
-        readers = self._readers(value)
+        readers = element_readers(self.graph, value)
         if not readers or depth > MAX_BRANCHES:
             return Missed("no-linear", f"nothing reads {self.graph.describe(value)} that could take it")
         takes: list[Take] = []
@@ -294,10 +294,6 @@ class Walker:
                 name = self.graph.describe(op)
                 return Missed("axis-mismatch", f"it works along axis {m.axis}, but {name} sums over another axis")
         return [Take(op, m.affine, after=False)]
-
-    def _readers(self, value: Value) -> list[Reader]:
-        """Who reads the elements of a value: a map changes nothing for who only asks for the shape."""
-        return [reader for reader in self.graph.readers(value) if not reader.shape_only]
 
     # -- the constants
 
@@ -404,6 +400,11 @@ class Walker:
                 "axis-mismatch", f"after {self.graph.describe(op)} it is not known to be a map along one axis"
             )
         return moved
+
+
+def element_readers(graph: Graph, value: Value) -> list[Reader]:
+    """Who reads the elements of a value: for who only asks for the shape, other elements change nothing."""
+    return [reader for reader in graph.readers(value) if not reader.shape_only]
 
 
 def shared_weights(graph: Graph, op: Op) -> Missed:

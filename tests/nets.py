@@ -107,6 +107,16 @@ def flattened() -> nn.Module:
     )
 
 
+def shaped_like(shape: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """A LeViT block that takes its shape back from the output of the linear, which nobody reads otherwise."""
+
+    def wiring(m: Net, x: Tensor) -> Tensor:
+        y = m.linear(m.stem(x).flatten(2).transpose(1, 2))
+        return shape(m.norm(y.flatten(0, 1)), y)
+
+    return lambda: Net(wiring, stem=nn.Conv2d(3, 4, 3), linear=nn.Linear(4, 6, bias=False), norm=nn.BatchNorm1d(6))
+
+
 def channels_last_linear() -> nn.Module:
     return Net(
         lambda m, x: m.norm(m.linear(x).transpose(1, 2)).transpose(1, 2), linear=nn.Linear(4, 6), norm=nn.BatchNorm1d(6)
@@ -181,6 +191,21 @@ CASES: dict[str, Case] = {
         after(nn.Linear(4, 5), nn.BatchNorm1d(5)), (2, 5, 4), {"axis-mismatch": 1}, {"Traced": {"rank": 1}}
     ),
     "flattened": Case(flattened, (2, 5, 4), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
+    "reshape-as": Case(
+        shaped_like(lambda y, x: y.reshape_as(x)), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}
+    ),
+    "view-as": Case(
+        shaped_like(lambda y, x: y.view_as(x)), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}
+    ),
+    "view-size": Case(
+        shaped_like(lambda y, x: y.view(x.size())), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}
+    ),
+    "view-shape": Case(
+        shaped_like(lambda y, x: y.view(x.shape[0], x.size(1), -1)),
+        (2, 3, 5, 5),
+        {"applied": 1},
+        {"Traced": {"axis-mismatch": 1}},
+    ),
     "channels-last-linear": Case(channels_last_linear, (2, 5, 4), {"applied": 1}),
     "unbatched": Case(
         lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)),

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
 from rewriting import DOUBLE, applied, refused
 
+from fuser import pipeline
 from fuser.absorb import moved_axis
 from fuser.affine import ChannelAffine
 from fuser.files import ModelFile
-from fuser.graph import Dim, Reader
+from fuser.graph import Dim
 from fuser.graphs.onnx import OnnxGraph
 from fuser.maps import Map
 
@@ -101,16 +102,26 @@ def constants() -> dict[str, Any]:
     return conv_constants(dtype=np.float64)
 
 
-def test_a_reader_of_the_shape_alone_is_in_nobodys_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes = [conv(), batch_norm("c", "n"), node("Shape", ["c"], ["s"]), node("Reshape", ["n", "s"])]
-    proto = model(nodes, constants=constants(), dtype=DOUBLE)
-    original = OnnxGraph.readers
+@pytest.mark.parametrize(
+    ("asks", "kept"),
+    [
+        ([node("Shape", ["c"], ["s"]), node("Reshape", ["n", "s"])], ["Conv", "Shape", "Reshape"]),
+        ([node("Size", ["c"], ["s"]), node("Expand", ["n", "s"])], ["Conv", "Size", "Expand"]),
+        ([node("CastLike", ["n", "c"])], ["Conv", "CastLike"]),
+    ],
+    ids=["shape", "size", "type"],
+)
+def test_a_reader_of_the_shape_alone_is_in_nobodys_way(asks: list[Any], kept: list[str]) -> None:
+    proto = model([conv(), batch_norm("c", "n"), *asks], x=("N", 4, "H", 3), constants=constants(), dtype=DOUBLE)
+    graph = OnnxGraph(ModelFile.from_proto(proto))
+    outcome = pipeline.run(graph, [FOLD])
+    assert [r.code for r in (*outcome.applied, *outcome.missed)] == ["applied"]
+    assert op_types(graph.to_model().to_proto().graph) == kept
 
-    def readers(self: OnnxGraph, value: Any) -> list[Reader]:
-        return [r._replace(shape_only=r.name.startswith("shape_")) for r in original(self, value)]
 
-    monkeypatch.setattr(OnnxGraph, "readers", readers)
-    assert op_types(applied(proto, FOLD).graph) == ["Conv", "Shape", "Reshape"]
+def test_a_reader_of_the_elements_is_in_the_way() -> None:
+    nodes = [conv(), batch_norm("c", "n"), node("CastLike", ["c", "n"])]
+    assert refused(model(nodes, constants=constants(), dtype=DOUBLE), FOLD) == {"shared-output": 1}
 
 
 def test_every_reader_has_to_take_it() -> None:

@@ -20,6 +20,7 @@ from fuser.graph import Array, Reader, Summary
 from fuser.graphs import onnx_carrier
 from fuser.graphs.onnx_known import KnownValues, tensor_proto
 from fuser.graphs.onnx_readers import (
+    MEASURED,
     OLDEST_OPSET,
     OPERANDS,
     READERS,
@@ -101,12 +102,12 @@ class OnnxGraph:
     def readers(self, value: Value) -> Sequence[Reader]:
         home, constant = self.wiring.home(value), value in self.known
         found = []
-        for node, _ in self.wiring.uses(value):
+        for node, position in self.wiring.uses(value):
             if constant and self.known.is_foldable(node):  # it is computed ahead of run time, like the value itself
                 continue
             # An op inside a body may run many times or never: outside, it is a reader without a meaning.
             op = self.read(node) if self.wiring.scope(node) is home else None
-            found.append(Reader(self._node_name(node), op))
+            found.append(Reader(self._node_name(node), op, is_standard(node) and (node.op, position) in MEASURED))
         return found + [Reader(name, None) for name in self.wiring.public(value)]
 
     def constant(self, value: Value) -> Array | Missed:
