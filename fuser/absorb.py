@@ -402,6 +402,11 @@ class Walker:
         return moved
 
 
+def element_readers(graph: Graph, value: Value) -> list[Reader]:
+    """Who reads the elements of a value: for who only asks for the shape, other elements change nothing."""
+    return [reader for reader in graph.readers(value) if not reader.shape_only]
+
+
 def shared_weights(graph: Graph, op: Op) -> Missed:
     """Said where copies of shared weights are not wanted."""
     return Missed(

@@ -26,7 +26,7 @@ O = TypeVar("O", bound=Op)  # noqa: E741
 class Reader(NamedTuple):
     """Who reads a value: a name for a person, and the op where the vocabulary has one.
 
-    shape_only: it looks at the value's shape and type and never at its elements.
+    shape_only: it asks for the shape, the type or the device, and never for the elements.
     """
 
     name: str

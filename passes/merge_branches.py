@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fuser import affine as algebra
-from fuser.absorb import constants_of, shared_weights, written
+from fuser.absorb import constants_of, element_readers, shared_weights, written
 from fuser.affine import Constants
 from fuser.graph import Array, Graph, element_readers
 from fuser.kernels import Kernel, agree
@@ -143,7 +143,7 @@ def _merge(graph: Graph, total: Elementwise, left: Branch, right: Branch) -> Mer
 
 def _is_as_made(graph: Graph, value: Value) -> bool:
     """Whether whoever reads the value sees what its op made: the only reader may even write into it."""
-    return graph.is_stable(value) or len(graph.readers(value)) == 1
+    return graph.is_stable(value) or len(element_readers(graph, value)) == 1
 
 
 def _sign(total: Elementwise) -> int:

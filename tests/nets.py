@@ -107,22 +107,14 @@ def flattened() -> nn.Module:
     )
 
 
-def flattened_and_back() -> nn.Module:
-    """The same, with the shape taken from the linear's own output."""
-    return Net(
-        lambda m, x: m.norm((y := m.linear(x)).flatten(0, 1)).reshape_as(y),
-        linear=nn.Linear(4, 6),
-        norm=nn.BatchNorm1d(6),
-    )
+def shaped_like(shape: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """A LeViT block that takes its shape back from the output of the linear, which nobody reads otherwise."""
 
+    def wiring(m: Net, x: Tensor) -> Tensor:
+        y = m.linear(m.stem(x).flatten(2).transpose(1, 2))
+        return shape(m.norm(y.flatten(0, 1)), y)
 
-def shape_of_the_conv() -> nn.Module:
-    """The conv's output is asked for its shape, and for nothing else."""
-    return Net(
-        lambda m, x: m.norm(y := m.conv(x)).reshape(y.shape[0], 6, y.shape[2] * y.shape[3]),
-        conv=nn.Conv2d(4, 6, 3),
-        norm=nn.BatchNorm2d(6),
-    )
+    return lambda: Net(wiring, stem=nn.Conv2d(3, 4, 3), linear=nn.Linear(4, 6, bias=False), norm=nn.BatchNorm1d(6))
 
 
 def channels_last_linear() -> nn.Module:
@@ -201,6 +193,21 @@ CASES: dict[str, Case] = {
     "flattened-and-back": Case(flattened_and_back, (2, 5, 4), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
     "shape-of-the-conv": Case(shape_of_the_conv, (2, 4, 8, 8), {"applied": 1}),
     "flattened": Case(flattened, (2, 5, 4), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
+    "reshape-as": Case(
+        shaped_like(lambda y, x: y.reshape_as(x)), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}
+    ),
+    "view-as": Case(
+        shaped_like(lambda y, x: y.view_as(x)), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}
+    ),
+    "view-size": Case(
+        shaped_like(lambda y, x: y.view(x.size())), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}
+    ),
+    "view-shape": Case(
+        shaped_like(lambda y, x: y.view(x.shape[0], x.size(1), -1)),
+        (2, 3, 5, 5),
+        {"applied": 1},
+        {"Traced": {"axis-mismatch": 1}},
+    ),
     "channels-last-linear": Case(channels_last_linear, (2, 5, 4), {"applied": 1}),
     "unbatched": Case(
         lambda: nn.Sequential(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8)),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
 from rewriting import DOUBLE, applied, refused
 
+from fuser import pipeline
 from fuser.absorb import moved_axis
 from fuser.affine import ChannelAffine
 from fuser.files import ModelFile
@@ -101,15 +102,25 @@ def constants() -> dict[str, Any]:
     return conv_constants(dtype=np.float64)
 
 
-def test_a_reader_of_the_shape_alone_is_in_nobodys_way() -> None:
-    nodes = [conv(), batch_norm("c", "n"), node("Shape", ["c"], ["s"]), node("Reshape", ["n", "s"])]
-    proto = model(nodes, constants=constants(), dtype=DOUBLE)
-    assert op_types(applied(proto, FOLD).graph) == ["Conv", "Shape", "Reshape"]
-    nodes[2] = node("CastLike", ["one", "c"], ["s"])
-    nodes[3] = node("Mul", ["n", "s"])
-    proto = model(nodes, constants={**constants(), "one": np.float32(1)}, dtype=DOUBLE)
-    assert op_types(applied(proto, FOLD).graph) == ["Conv", "CastLike", "Mul"]
-    nodes[2] = node("CastLike", ["c", "n"], ["s"])  # this one takes the elements
+@pytest.mark.parametrize(
+    ("asks", "kept"),
+    [
+        ([node("Shape", ["c"], ["s"]), node("Reshape", ["n", "s"])], ["Conv", "Shape", "Reshape"]),
+        ([node("Size", ["c"], ["s"]), node("Expand", ["n", "s"])], ["Conv", "Size", "Expand"]),
+        ([node("CastLike", ["n", "c"])], ["Conv", "CastLike"]),
+    ],
+    ids=["shape", "size", "type"],
+)
+def test_a_reader_of_the_shape_alone_is_in_nobodys_way(asks: list[Any], kept: list[str]) -> None:
+    proto = model([conv(), batch_norm("c", "n"), *asks], x=("N", 4, "H", 3), constants=constants(), dtype=DOUBLE)
+    graph = OnnxGraph(ModelFile.from_proto(proto))
+    outcome = pipeline.run(graph, [FOLD])
+    assert [r.code for r in (*outcome.applied, *outcome.missed)] == ["applied"]
+    assert op_types(graph.to_model().to_proto().graph) == kept
+
+
+def test_a_reader_of_the_elements_is_in_the_way() -> None:
+    nodes = [conv(), batch_norm("c", "n"), node("CastLike", ["c", "n"])]
     assert refused(model(nodes, constants=constants(), dtype=DOUBLE), FOLD) == {"shared-output": 1}
 
 

@@ -20,6 +20,7 @@ from fuser.graph import Array, Reader, Summary
 from fuser.graphs import onnx_carrier
 from fuser.graphs.onnx_known import KnownValues, tensor_proto
 from fuser.graphs.onnx_readers import (
+    MEASURED,
     OLDEST_OPSET,
     OPERANDS,
     READERS,
@@ -107,8 +108,7 @@ class OnnxGraph:
                 continue
             # An op inside a body may run many times or never: outside, it is a reader without a meaning.
             op = self.read(node) if self.wiring.scope(node) is home else None
-            shape_only = (node.op, position) in SHAPE_ONLY and is_standard(node)
-            found.append(Reader(self._node_name(node), op, shape_only))
+            found.append(Reader(self._node_name(node), op, is_standard(node) and (node.op, position) in MEASURED))
         return found + [Reader(name, None) for name in self.wiring.public(value)]
 
     def constant(self, value: Value) -> Array | Missed:

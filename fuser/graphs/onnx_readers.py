@@ -34,6 +34,11 @@ OPERANDS: dict[str, dict[str, int]] = {
 }
 """Operator -> field of its op -> position among the node's inputs."""
 
+MEASURED = frozenset(
+    {("Shape", 0), ("Size", 0), ("CastLike", 1), ("EyeLike", 0), ("RandomNormalLike", 0), ("RandomUniformLike", 0)}
+)
+"""(operator, position) of the operands of which only the shape or the type is asked."""
+
 
 SHAPE_ONLY = frozenset(
     {("Shape", 0), ("Size", 0), ("CastLike", 1), ("EyeLike", 0), ("RandomNormalLike", 0), ("RandomUniformLike", 0)}

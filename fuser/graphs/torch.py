@@ -15,7 +15,6 @@ import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
-from torch.fx.node import map_arg
 
 from fuser.graph import Array, Dim, Reader, Summary
 from fuser.graphs.torch_calls import aten, bind, signature
@@ -33,6 +32,8 @@ from fuser.graphs.torch_purity import (
     is_private,
     looks_at_shape_only,
     may_be_written,
+    measured_operands,
+    operands,
     written_operands,
 )
 from fuser.graphs.torch_readers import (
@@ -253,6 +254,22 @@ class TorchGraph:
             return None
         return BiasAdd(add, bias, argument)
 
+    def repeated_matrix(self, value: fx.Node) -> fx.Node | None:
+        """The constant matrix of which `value` holds a copy for each element of the batch."""
+        shape = self.shape(value)
+        while shape is not None and len(shape) == 3:
+            found = signature(value)
+            arguments = bind(value, found) if found is not None and found.name in ("expand", "view") else None
+            if arguments is None or not isinstance(source := arguments["self"], fx.Node):
+                return None
+            inner = self.shape(source)
+            if inner == shape[1:] and found is not None and found.name == "expand":
+                return source if self.is_known(source) else None
+            if inner != shape:
+                return None
+            value = source
+        return None
+
     def linear_with_bias(self, add: fx.Node) -> Op | None:
         """The `Linear` whose bias this node adds."""
         for operand in add.all_input_nodes:
@@ -319,6 +336,8 @@ class TorchGraph:
             if not self._is_expression(node) or _is_output(node):
                 continue
             if all(self._constants.is_known(user) for user in node.users):
+                continue
+            if self.repeated_matrix(node) is not None:  # a view costs nothing, and the product reads the matrix
                 continue
             value = self._computed(node)
             if value is not None:
@@ -399,15 +418,16 @@ class TorchGraph:
     def _uses(self, value: fx.Node) -> Iterator[Reader]:
         """One reader for each time that a node takes `value`."""
         for user in value.users:
-            taken: list[fx.Node] = []
-            map_arg((user.args, user.kwargs), taken.append)
+            taken = operands(user)
             if user.op == "output":
                 label = self._wiring.scope(user).label or "graph"
                 yield from (Reader(f"{label} output {i}", None) for i, node in enumerate(taken) if node is value)
             elif looks_at_shape_only(user, value):
                 yield self._reader(user)._replace(shape_only=True)
             elif not is_guard(self._called(user)):
-                yield from [self._reader(user)] * taken.count(value)
+                measured = measured_operands(user).count(value)
+                yield from [self._reader(user)._replace(shape_only=True)] * measured
+                yield from [self._reader(user)] * (taken.count(value) - measured)
 
     def _site(self, node: fx.Node) -> str:
         return self._sites.get(node, node.name)

@@ -18,7 +18,7 @@ from fuser.graphs.torch_copy import shallow
 from fuser.graphs.torch_readers import MODULE_OPERANDS, OPERANDS
 from fuser.graphs.torch_values import to_array, to_tensor
 from fuser.graphs.torch_wiring import Wiring
-from fuser.ops import Op
+from fuser.ops import Linear, Op
 
 if TYPE_CHECKING:
     from fuser.graphs.torch import TorchGraph
@@ -73,6 +73,9 @@ class _Arguments:
         self._bias = graph.bias_add(self._node) if self._is_product else None
 
     def set(self, arrays: dict[str, Array]) -> None:
+        if self._signature.name == "bmm":
+            self._become_linear(**arrays)
+            return
         if self._is_product and "bias" in arrays and self._bias is None:
             self._become_biased(**arrays)
             return
@@ -101,10 +104,15 @@ class _Arguments:
             new = old if weight is None else self._constant(node, "weight", weight, old)
             self._wiring.become(node, target, added, data, new)
         else:
-            target = aten.linear.default if is_aten else F.linear
-            weight = to_array(self._constants.value(old)) if weight is None else weight
-            self._wiring.become(node, target, data, self._constant(node, "weight", weight.T, old), added)
-        self._wiring.loosen(old)
+            self._become_linear(weight, bias)
+
+    def _become_linear(self, weight: Array | None = None, bias: Array | None = None) -> None:
+        """`linear` takes the matrix the other way round, once for the whole batch."""
+        node, (data, _), old = self._node, factors(self._node), cast(Linear, self._op).weight
+        target: Any = aten.linear.default if isinstance(node.target, OpOverload) else F.linear
+        weight = to_array(self._constants.value(old)) if weight is None else weight
+        added = [] if bias is None else [self._constant(node, "bias", bias, None)]
+        self._wiring.become(node, target, data, self._constant(node, "weight", weight.T, old), *added)
 
     def _constant(self, user: fx.Node, field: str, array: Array, old: Any) -> fx.Node:
         """A new constant for one operand, like the one it takes the place of, or like another of the op's."""

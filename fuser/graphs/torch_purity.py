@@ -202,6 +202,41 @@ def looks_at_shape_only(node: fx.Node, value: fx.Node) -> bool:
     return name in _SHAPE_OF_SECOND and value in (*node.args[1:2], node.kwargs.get("other"))
 
 
+_MEASURED_FIRST = frozenset(
+    "size dim ndimension numel nelement stride element_size is_contiguous is_floating_point is_complex sym_size "
+    "sym_numel sym_stride sym_is_contiguous zeros_like ones_like full_like empty_like rand_like randn_like new_zeros "
+    "new_ones new_full new_empty _assert_tensor_metadata".split()
+)
+_MEASURED_OTHER = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
+_MEASURES = frozenset({"shape", "ndim", "dtype", "device", "layout"})
+
+
+def measured_operands(node: fx.Node) -> list[fx.Node]:
+    """The operands of which the node asks the shape, the type or the device, and never the elements."""
+    target: Any = node.target
+    name = str(target) if node.op == "call_method" else getattr(target, "_opname", getattr(target, "__name__", ""))
+    known = node.op == "call_method" or isinstance(target, OpOverload) or is_known_function(target)
+    given: list[Any] = []
+    if known and name in _MEASURED_FIRST:
+        given = [*node.args[:1], *(node.kwargs.get(key) for key in ("input", "self"))]
+    elif known and name in _MEASURED_OTHER:
+        given = [*node.args[1:2], node.kwargs.get("other")]
+    elif target is getattr and node.args[1] in _MEASURES:
+        given = [*node.args[:1]]
+    return [operand for operand in given if isinstance(operand, fx.Node)]
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """Every use of a value in the arguments of the node."""
+    taken: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), taken.append)
+    return taken
+
+
+def _only_measures(node: fx.Node, value: fx.Node) -> bool:
+    return operands(node).count(value) == measured_operands(node).count(value)
+
+
 Called = Callable[[fx.Node], nn.Module | None]
 """The module that a call_module node calls."""
 
@@ -226,7 +261,8 @@ def may_be_written(value: fx.Node, called: Called) -> bool:
         for user in value.users:
             if value in written_operands(user, called(user)):
                 return True
-            if user.op != "output" and user not in seen and not is_fresh(user, called(user)):
+            hands_on = user.op != "output" and not is_fresh(user, called(user)) and not _only_measures(user, value)
+            if hands_on and user not in seen:
                 seen.add(user)
                 pending.append(user)
     return False

@@ -167,6 +167,23 @@ def _matmul(call: Call) -> ops.Op:
     return ops.Linear(call.node, output, data, weight, bias, out_axis=1)
 
 
+def _bmm(call: Call) -> ops.Op:
+    """What decompositions make of a `linear` on data that is not contiguous: its matrix, repeated for the batch."""
+    weight = call.graph.repeated_matrix(call.required("mat2"))
+    if weight is None:
+        raise Unreadable
+    return ops.Linear(call.node, call.node, call.required("self"), weight, None, out_axis=1)
+
+
+def _expand(call: Call) -> ops.Op:
+    """To the size it has."""
+    value = call.required("self")
+    shape = call.graph.shape(value)
+    if shape is None or None in shape or shape != call.graph.shape(call.node):
+        raise Unreadable
+    return ops.Identity(call.node, call.node, value)
+
+
 def _batch_norm(call: Call) -> ops.Op:
     mean, var = call.value("running_mean"), call.value("running_var")
     training = call.name in _ALWAYS_TRAINING or bool(call.static("training", False)) or mean is None or var is None
@@ -314,6 +331,7 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     "addmm": (ops.Linear, _addmm),
     "mm": (ops.Linear, _matmul),
     "matmul": (ops.Linear, _matmul),
+    "bmm": (ops.Linear, _bmm),
     **dict.fromkeys(("batch_norm", "cudnn_batch_norm", "miopen_batch_norm"), (ops.BatchNorm, _batch_norm)),
     **dict.fromkeys(("native_batch_norm", "_native_batch_norm_legit"), (ops.BatchNorm, _batch_norm)),
     "_native_batch_norm_legit_no_training": (ops.BatchNorm, _batch_norm),
@@ -325,9 +343,10 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), (ops.Identity, _dropout)),
     "alias": (ops.Identity, _alias),
     "slice": (ops.Identity, _slice),
+    "expand": (ops.Identity, _expand),
     **dict.fromkeys(("clone", "contiguous", "to", "_to_copy"), (ops.Identity, _copy)),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten"), (ops.Reshape, _reshape)),
-    **dict.fromkeys(("view_as", "reshape_as", "squeeze", "unsqueeze"), (ops.Reshape, _reshape)),
+    **dict.fromkeys(("squeeze", "unsqueeze", "view_as", "reshape_as"), (ops.Reshape, _reshape)),
     "getitem": (ops.Reshape, _index),
     "permute": (ops.Transpose, _permute),
     "transpose": (ops.Transpose, _transpose),
