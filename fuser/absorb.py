@@ -16,7 +16,7 @@ import numpy as np
 
 from fuser import affine as algebra
 from fuser.affine import ChannelAffine, Constants, WeightLayout
-from fuser.graph import Array, Dim, Graph, element_readers
+from fuser.graph import Array, Dim, Graph, Reader
 from fuser.maps import Map
 from fuser.ops import (
     AveragePool,

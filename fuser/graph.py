@@ -126,8 +126,3 @@ class Graph(Protocol):
     def commit(self) -> None:
         """Drop what the edits orphaned and check that the graph is valid; raises ValueError if it is not."""
         ...
-
-
-def element_readers(graph: Graph, value: Value) -> list[Reader]:
-    """Who reads the elements of a value: new numbers of the same shape change nothing for the others."""
-    return [reader for reader in graph.readers(value) if not reader.shape_only]

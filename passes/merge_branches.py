@@ -26,7 +26,7 @@ import numpy as np
 from fuser import affine as algebra
 from fuser.absorb import constants_of, element_readers, shared_weights, written
 from fuser.affine import Constants
-from fuser.graph import Array, Graph, element_readers
+from fuser.graph import Array, Graph
 from fuser.kernels import Kernel, agree
 from fuser.maps import IDENTITY, AffineOp, Map, affine_op
 from fuser.ops import BatchNorm, Conv, Elementwise, Linear, Value

@@ -190,8 +190,6 @@ CASES: dict[str, Case] = {
     "rank-3-linear": Case(
         after(nn.Linear(4, 5), nn.BatchNorm1d(5)), (2, 5, 4), {"axis-mismatch": 1}, {"Traced": {"rank": 1}}
     ),
-    "flattened-and-back": Case(flattened_and_back, (2, 5, 4), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
-    "shape-of-the-conv": Case(shape_of_the_conv, (2, 4, 8, 8), {"applied": 1}),
     "flattened": Case(flattened, (2, 5, 4), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
     "reshape-as": Case(
         shaped_like(lambda y, x: y.reshape_as(x)), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}

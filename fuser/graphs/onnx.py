@@ -24,7 +24,6 @@ from fuser.graphs.onnx_readers import (
     OLDEST_OPSET,
     OPERANDS,
     READERS,
-    SHAPE_ONLY,
     NodeReader,
     Unreadable,
     bias_add,

@@ -40,12 +40,6 @@ MEASURED = frozenset(
 """(operator, position) of the operands of which only the shape or the type is asked."""
 
 
-SHAPE_ONLY = frozenset(
-    {("Shape", 0), ("Size", 0), ("CastLike", 1), ("EyeLike", 0), ("RandomNormalLike", 0), ("RandomUniformLike", 0)}
-)
-"""(operator, position) of the operands of which only the shape or the type matters."""
-
-
 class Unreadable(Exception):
     """The node uses something a reader does not understand; it is left alone."""
 

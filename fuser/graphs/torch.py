@@ -30,7 +30,6 @@ from fuser.graphs.torch_purity import (
     is_fresh,
     is_guard,
     is_private,
-    looks_at_shape_only,
     may_be_written,
     measured_operands,
     operands,
@@ -422,8 +421,6 @@ class TorchGraph:
             if user.op == "output":
                 label = self._wiring.scope(user).label or "graph"
                 yield from (Reader(f"{label} output {i}", None) for i, node in enumerate(taken) if node is value)
-            elif looks_at_shape_only(user, value):
-                yield self._reader(user)._replace(shape_only=True)
             elif not is_guard(self._called(user)):
                 measured = measured_operands(user).count(value)
                 yield from [self._reader(user)._replace(shape_only=True)] * measured

@@ -148,7 +148,7 @@ class Facts:
         elif name in ("view", "reshape"):
             sizes = given.get("size", given.get("shape"))
             self._learn(node, Bounds(len(sizes), len(sizes)) if isinstance(sizes, (list, tuple)) else Bounds(), dtype)
-        elif name in ("view_as", "reshape_as"):
+        elif name in ("view_as", "reshape_as") and isinstance(given["other"], fx.Node):
             self._relate(node, given["other"], 0, dtype)
         elif name == "permute":
             self._learn(data, Bounds(len(given["dims"]), len(given["dims"])))

@@ -180,28 +180,6 @@ def _known_name(node: fx.Node) -> str:
     return str(getattr(target, "_opname", getattr(target, "__name__", "")))
 
 
-_SHAPE_OF_FIRST = frozenset(
-    "size sym_size dim ndimension numel nelement sym_numel len zeros_like ones_like empty_like full_like rand_like "
-    "randn_like new_zeros new_ones new_full new_empty is_floating_point".split()
-)
-_SHAPE_OF_SECOND = frozenset({"reshape_as", "view_as", "expand_as", "type_as"})
-_SHAPE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
-
-
-def looks_at_shape_only(node: fx.Node, value: fx.Node) -> bool:
-    """Whether the node asks for the value's shape, type or device, and never for its elements."""
-    taken: list[fx.Node] = []
-    fx.node.map_arg((node.args, node.kwargs), taken.append)
-    if taken.count(value) != 1:
-        return False
-    name = _known_name(node)
-    if name == "getattr":
-        return node.args[1] in _SHAPE_ATTRIBUTES
-    if name in _SHAPE_OF_FIRST:
-        return value in (*node.args[:1], node.kwargs.get("input"), node.kwargs.get("self"))
-    return name in _SHAPE_OF_SECOND and value in (*node.args[1:2], node.kwargs.get("other"))
-
-
 _MEASURED_FIRST = frozenset(
     "size dim ndimension numel nelement stride element_size is_contiguous is_floating_point is_complex sym_size "
     "sym_numel sym_stride sym_is_contiguous zeros_like ones_like full_like empty_like rand_like randn_like new_zeros "
@@ -213,15 +191,13 @@ _MEASURES = frozenset({"shape", "ndim", "dtype", "device", "layout"})
 
 def measured_operands(node: fx.Node) -> list[fx.Node]:
     """The operands of which the node asks the shape, the type or the device, and never the elements."""
-    target: Any = node.target
-    name = str(target) if node.op == "call_method" else getattr(target, "_opname", getattr(target, "__name__", ""))
-    known = node.op == "call_method" or isinstance(target, OpOverload) or is_known_function(target)
+    name = _known_name(node)
     given: list[Any] = []
-    if known and name in _MEASURED_FIRST:
+    if name in _MEASURED_FIRST:
         given = [*node.args[:1], *(node.kwargs.get(key) for key in ("input", "self"))]
-    elif known and name in _MEASURED_OTHER:
+    elif name in _MEASURED_OTHER:
         given = [*node.args[1:2], node.kwargs.get("other")]
-    elif target is getattr and node.args[1] in _MEASURES:
+    elif node.target is getattr and node.args[1] in _MEASURES:
         given = [*node.args[:1]]
     return [operand for operand in given if isinstance(operand, fx.Node)]
 
