@@ -112,7 +112,10 @@ class Graph(Protocol):
         ...
 
     def replace(self, op: Op, by: Value) -> None:
-        """Readers of the op's output read `by` instead; the op is gone.  The signature keeps its names."""
+        """Readers of the op's output read `by` instead; the op is gone.  The signature keeps its names.
+
+        Readers of the further outputs of a `Duplicate` read those of its twin.
+        """
         ...
 
     def replace_with_constant(self, op: Op) -> None:

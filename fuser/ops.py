@@ -160,3 +160,23 @@ class Constant(Op):
 @dataclass(frozen=True, eq=False)
 class Dead(Op):
     """A node without side effects whose outputs nobody reads."""
+
+
+@dataclass(frozen=True, eq=False)
+class Duplicate(Op):
+    """A node that computes again what an earlier one has computed: one operator, attributes and operands.
+
+    twin: the earlier one's output; of several outputs the one that stands where `output` does.
+    """
+
+    twin: Value
+
+
+@dataclass(frozen=True, eq=False)
+class DuplicateConstant(Op):
+    """A constant of the same type, shape and bits as another; it has no node where the model only stores it.
+
+    twin: the other one, which is there wherever this one is.
+    """
+
+    twin: Value

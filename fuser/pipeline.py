@@ -55,7 +55,7 @@ def run(
     leave_out: Collection[Rewrite] = (),
     progress: Callable[[str], None] | None = None,
 ) -> Outcome:
-    """Run `passes` over `graph` to a fixed point.
+    """Run `passes` over `graph` to a fixed point; late ones whenever the others have reached theirs.
 
     stop_after: how many rewrites are admitted; the rest is missed as `stopped` (for bisecting).
     leave_out: rewrites that are missed as `rolled-back`.
@@ -64,8 +64,8 @@ def run(
     Raises `PassError`, naming the pass, when one fails, breaks the graph or the contract, or when the
     pipeline does not converge.
     """
-    outcome = Outcome([PassRun(p.name, p.contract.value) for p in passes if graph.host in p.hosts])
-    passes = [p for p in passes if graph.host in p.hosts]
+    passes = sorted((p for p in passes if graph.host in p.hosts), key=lambda p: p.late)
+    outcome = Outcome([PassRun(p.name, p.contract.value) for p in passes])
     left_out = frozenset(leave_out)
     missed: dict[str, list[Remark]] = {}
     seen: dict[str, int] = {}  # pass -> graph.edits when it last found nothing to do
@@ -82,9 +82,9 @@ def run(
 
     for _ in range(MAX_ROUNDS):
         outcome.rounds += 1
-        before = graph.edits
+        before = settled = graph.edits
         for rewrite_pass, record in zip(passes, outcome.runs, strict=True):
-            if seen.get(record.name) == graph.edits:
+            if seen.get(record.name) == graph.edits or (rewrite_pass.late and graph.edits != settled):
                 continue
             if progress:
                 progress(record.name)
@@ -100,6 +100,8 @@ def run(
             record.missed = len(missed[record.name])
             outcome.applied += applied
             outcome.history += remarks
+            if rewrite_pass.late:
+                settled = graph.edits  # late passes do not wait for each other
         if graph.edits == before:
             outcome.missed = [remark for remarks in missed.values() for remark in remarks]
             return outcome

@@ -92,7 +92,9 @@ def load() -> Registry:
         except Exception as error:  # whatever a stranger's import may raise
             broken.append(BrokenPass(point.name, owner, f"{type(error).__name__}: {error}"))
     # Exact passes clean up for the others; beyond that the fixed point makes order a matter of speed alone.
-    ordered = sorted(passes.values(), key=lambda info: (info.cls.contract.value, info.owner != "graph-fuser"))
+    ordered = sorted(
+        passes.values(), key=lambda info: (info.cls.late, info.cls.contract.value, info.owner != "graph-fuser")
+    )
     return Registry(tuple(ordered), tuple(broken))
 
 

@@ -51,6 +51,9 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
     root: ClassVar[type[Op]]
     contract: ClassVar[Contract] = Contract.ROUNDING
     hosts: ClassVar[tuple[str, ...]] = ("onnx", "torch")
+    late: ClassVar[bool] = False
+    """Whether it waits until the others have nothing left to do: it makes nodes share values, and what is shared is
+    harder to rewrite."""
 
     def concerns(self, graph: Graph, op: RootT) -> bool:
         """Whether `op` is a candidate at all.  What is none gets no remark: nobody expected a rewrite there."""

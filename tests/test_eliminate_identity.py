@@ -40,3 +40,12 @@ def test_both_public() -> None:
     assert refused(model([node("Identity", ["x"])]), ELIMINATE) == {"both-public": 1}
     twice = [node("Relu", ["x"], ["a"]), node("Identity", ["a"])]
     assert refused(model(twice, outputs=["y", "a"]), ELIMINATE) == {"both-public": 1}
+
+
+def test_the_producer_takes_the_name_of_the_output_with_all_its_readers() -> None:
+    nodes = [node("Relu", ["x"], ["a"]), node("Identity", ["a"]), node("Neg", ["a"], ["z"])]
+    result = applied(model(nodes, outputs=["y", "z"]), ELIMINATE, bound=0)
+    assert [(n.op_type, list(n.input), list(n.output)) for n in result.graph.node] == [
+        ("Relu", ["x"], ["y"]),
+        ("Neg", ["y"], ["z"]),
+    ]

@@ -184,3 +184,22 @@ def test_the_kind_dead_visits_a_chain_from_its_end() -> None:
     graph = OnnxGraph(ModelFile.from_proto(model(nodes)))
     outcome = pipeline.run(graph, [Bury(in_rewrite=lambda graph, op: graph.erase(op))])
     assert [r.site for r in outcome.applied] == ["neg_b", "neg_a"]
+
+
+def test_a_late_pass_waits_until_the_others_have_nothing_left_to_do() -> None:
+    class Late(Drop):
+        name, late = "late", True
+
+    def only(*sites: str) -> Callable[[Any, Any], Any]:
+        return lambda graph, op: op if graph.describe(op) in sites else Missed("no", "not this one")
+
+    graph = chain("Relu", "Identity", "Identity", "Identity", "Relu")
+    needs_op1_gone = Drop(
+        lambda graph, op: op if graph.describe(op) == "op1" or graph.edits else Missed("not-yet", "op1 is there")
+    )
+    order = pipeline.run(graph, [Late(only("op3", "op2")), needs_op1_gone]).applied
+    assert [r.pass_name for r in order] == ["drop"] * 3
+
+    graph = chain("Relu", "Identity", "Identity", "Relu")
+    applied = pipeline.run(graph, [Late(only("op1")), Drop(only("op2"))]).applied
+    assert [(r.pass_name, r.site) for r in applied] == [("drop", "op2"), ("late", "op1")]

@@ -152,6 +152,18 @@ class ModelFile:
             return tensors.decode(self.blob(tensor).array(), tensor.data_type, tensor.dims)
         return tensors.inline_array(tensor)
 
+    def pieces(self, tensor: onnx.TensorProto) -> Iterator[bytes | memoryview]:
+        """The bytes of the values, a piece at a time: a large tensor is never in memory as a whole.
+
+        Raises `InputError` when the data is missing or does not fill the shape.
+        """
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            yield from self.blob(tensor).pieces()
+        elif tensor.HasField("raw_data"):
+            yield tensor.raw_data
+        else:
+            yield tensors.inline_array(tensor).tobytes()
+
     def tensor(self, name: str, array: Array) -> onnx.TensorProto:
         """A new tensor for this model: small ones inline, large ones as a reference to a temporary file.
 

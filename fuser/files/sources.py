@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -55,6 +56,14 @@ class Blob:
         if self.length:
             self.source.readinto(out.data, self.offset)
         return out
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The bytes, a piece at a time; each is only good until the next."""
+        buffer = memoryview(bytearray(min(self.length, WINDOW)))
+        for start in range(0, self.length, WINDOW):
+            piece = buffer[: min(self.length - start, WINDOW)]
+            self.source.readinto(piece, self.offset + start)
+            yield piece
 
 
 class Identity(NamedTuple):

@@ -18,6 +18,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from fuser.files import ModelFile
 from fuser.graph import Array, Reader, Summary
 from fuser.graphs import onnx_carrier
+from fuser.graphs.onnx_duplicates import DuplicateConstants, duplicate_nodes
 from fuser.graphs.onnx_known import KnownValues, tensor_proto
 from fuser.graphs.onnx_readers import (
     MEASURED,
@@ -31,7 +32,7 @@ from fuser.graphs.onnx_readers import (
 )
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
-from fuser.ops import Constant, Dead, Op, Value
+from fuser.ops import Constant, Dead, Duplicate, DuplicateConstant, Op, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -63,6 +64,7 @@ class OnnxGraph:
 
         self.wiring = Wiring(model.proto)
         self.known = KnownValues(model, self.wiring, set() if formal else backed, frozen=freeze_inputs)
+        self._duplicate_constants = DuplicateConstants(model, self.wiring, self.known)
         self.wiring.scopes[0].changed = bool(self._removed)
         self._origins: dict[int, list[str]] = {}
         self._taken = {name for scope in self.wiring.scopes for name in scope.names} | initializer_names(graph)
@@ -76,6 +78,11 @@ class OnnxGraph:
             yield from self._constant_ops()  # type: ignore[misc]
         elif kind is Dead:
             yield from self._dead_ops()  # type: ignore[misc]
+        elif kind is Duplicate:
+            yield from self._duplicate_ops()  # type: ignore[misc]
+        elif kind is DuplicateConstant:
+            for constant, twin in self._duplicate_constants:
+                yield DuplicateConstant(self.producer(constant), constant, twin)  # type: ignore[misc]
         else:
             operators = {operator for operator, (produced, _) in READERS.items() if issubclass(produced, kind)}
             for node in self.wiring.order:
@@ -126,13 +133,17 @@ class OnnxGraph:
         return None if shape is None else len(shape)
 
     def can_vanish(self, op: Op, by: Value) -> bool:
-        return not self.wiring.public(op.output) or self._takes_over(by, op)
+        return all(
+            not self.wiring.public(output) or self._can_write(value, op) for output, value in self._pairs(op, by)
+        )
 
     def is_stable(self, value: Value) -> bool:
         return True  # ONNX has values, not memory
 
     def describe(self, x: Op | Value) -> str:
-        return self._node_name(x.node) if isinstance(x, Op) else repr(x.name)
+        if not isinstance(x, Op):
+            return repr(x.name)
+        return self._node_name(x.node) if x.node is not None else self._constant_name(x.output)
 
     def summary(self) -> Summary:
         alive = [node for node in self.wiring.order if not self.wiring.is_erased(node)]
@@ -193,23 +204,18 @@ class OnnxGraph:
         self.edits += 1
 
     def replace(self, op: Op, by: Value) -> None:
-        node, output = op.node, op.output
         producer = self.producer(by)
-        if self._takes_over(by, op):
-            # The producer writes under the name of the op that goes: its readers keep their bytes.
-            self.wiring.erase(node)
-            self.wiring.set_output(producer, by, output)
-            self.wiring.scope(node).dropped.add(by.name)
-            self.known.inherit(output, by)
-        elif self.wiring.public(output):
-            self._become_identity(node, by)
+        if self.can_vanish(op, by):
+            pairs = self._pairs(op, by)
+            if op.node is not None:
+                self.wiring.erase(op.node)
+            for output, value in pairs:
+                self._redirect(output, value)
         else:
-            for reader, position in self.wiring.uses(output):
-                self.wiring.set_input(reader, position, by)
-            self.wiring.erase(node)
-        if producer is not None:
+            self._become_identity(op.node, by)
+        if producer is not None and op.node is not None:
             origins = self._origins.setdefault(id(producer), [])
-            origins += [*self._origins.get(id(node), ()), node.name or output.name]
+            origins += [*self._origins.get(id(op.node), ()), op.node.name or op.output.name]
         self.edits += 1
 
     def replace_with_constant(self, op: Op) -> None:
@@ -278,14 +284,40 @@ class OnnxGraph:
             if not self.wiring.is_read(node):
                 yield Dead(node, node.outputs[0] if node.outputs else None)
 
+    def _duplicate_ops(self) -> Iterator[Duplicate]:
+        for node, twin in duplicate_nodes(self.wiring):
+            output, by = next((y, z) for y, z in zip(node.outputs, twin.outputs, strict=True) if not y.is_empty())
+            yield Duplicate(node, output, by)
+
     # -- small edits
 
-    def _takes_over(self, by: gs.Tensor, op: Op) -> bool:
-        """Whether the producer of `by` can write the op's output instead: nobody else knows `by`."""
-        producer, uses = self.producer(by), self.wiring.uses(by)
-        if producer is None or self.wiring.public(by) or len(uses) != 1 or uses[0][0] is not op.node:
+    def _pairs(self, op: Op, by: gs.Tensor) -> list[tuple[gs.Tensor, gs.Tensor]]:
+        """(output, what its readers are to read)."""
+        if not isinstance(op, Duplicate):
+            return [(op.output, by)]
+        twins = by.inputs[0].outputs
+        return [(output, twin) for output, twin in zip(op.node.outputs, twins, strict=True) if not output.is_empty()]
+
+    def _can_write(self, value: gs.Tensor, op: Op) -> bool:
+        """Whether the producer of `value` can write under the name of the op's output."""
+        producer = self.producer(value)
+        if producer is None or op.node is None or self.wiring.public(value):
             return False
         return self.same_scope(producer, op.node)
+
+    def _redirect(self, output: gs.Tensor, value: gs.Tensor) -> None:
+        """Readers of `output`, whose node is gone, read `value`."""
+        readers, others = self.wiring.uses(output), self.wiring.uses(value)
+        producer = self.producer(value)
+        renames = producer is not None and not others and self.same_scope(producer, output.inputs[0])
+        if self.wiring.public(output) or (renames and not self.wiring.public(value)):
+            # The producer writes under the name of what goes: its readers keep their bytes.
+            self.wiring.set_output(producer, value, output)
+            self.wiring.scope(producer).dropped.add(value.name)
+            self.known.inherit(output, value)
+            output, value, readers = value, output, others
+        for reader, position in readers:
+            self.wiring.set_input(reader, position, value)
 
     def _become_identity(self, node: gs.Node, by: gs.Tensor) -> None:
         """Where both names are in a signature, a node must stay between them."""
@@ -337,6 +369,10 @@ class OnnxGraph:
             candidate = f"{name}_{number}"
         self._taken.add(candidate)
         return candidate
+
+    def _constant_name(self, tensor: gs.Tensor) -> str:
+        scope = self.wiring.home(tensor)
+        return f"{scope.path if scope else ''}{tensor.name}"
 
     def _node_name(self, node: gs.Node) -> str:
         path: str = self.wiring.scope(node).path

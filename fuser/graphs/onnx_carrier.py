@@ -20,7 +20,7 @@ ORIGIN = "fuser.folded"
 _NODE_METADATA_SINCE_IR = 10
 _INITIALIZERS_NEED_NO_INPUT_SINCE_IR = 4
 
-_NOT_IN_EDITOR = {
+NOT_IN_EDITOR = {
     AttributeProto.GRAPHS,
     AttributeProto.TENSORS,
     AttributeProto.SPARSE_TENSOR,
@@ -68,7 +68,7 @@ def _patch_node(node: gs.Node, proto: NodeProto) -> None:
     del proto.input[:], proto.output[:]
     proto.input.extend(tensor.name for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
-    for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type not in _NOT_IN_EDITOR]:
+    for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type not in NOT_IN_EDITOR]:
         proto.attribute.remove(attribute)
 
 

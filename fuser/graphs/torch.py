@@ -21,6 +21,7 @@ from fuser.graphs.torch_calls import aten, bind, signature
 from fuser.graphs.torch_carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
 from fuser.graphs.torch_constants import Constants
 from fuser.graphs.torch_copy import Copier
+from fuser.graphs.torch_duplicates import duplicate_nodes
 from fuser.graphs.torch_facts import Facts, common_dtype
 from fuser.graphs.torch_meta import TensorLike, Values, have_one_layout, meta_tensor
 from fuser.graphs.torch_names import is_tuple, name_sites, operator_name
@@ -48,7 +49,7 @@ from fuser.graphs.torch_readers import (
 from fuser.graphs.torch_tracing import trace
 from fuser.graphs.torch_values import is_readable, to_array
 from fuser.graphs.torch_wiring import Wiring
-from fuser.ops import Constant, Dead, Identity, Op, Reshape, Value
+from fuser.ops import Constant, Dead, Duplicate, Identity, Op, Reshape, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -101,6 +102,8 @@ class TorchGraph:
             yield from cast(Iterator[O], self._constant_ops())
         elif kind is Dead:
             yield from cast(Iterator[O], self._dead_ops())
+        elif kind is Duplicate:
+            yield from cast(Iterator[O], self._duplicate_ops())
         else:
             for node in self._wiring.alive():
                 if self._constants.is_known(node) or not issubclass(self._kind(node), kind):
@@ -362,6 +365,11 @@ class TorchGraph:
             if not self._wiring.is_erased(node) and not node.users and self._is_droppable(node):
                 yield Dead(node, node)
 
+    def _duplicate_ops(self) -> Iterator[Duplicate]:
+        for node, twin in duplicate_nodes(self._wiring.alive, self._called, self._tensor):
+            if not self._carrier.is_named(node):
+                yield Duplicate(node, node, twin)
+
     # -- reading, inside
 
     def _kind(self, node: fx.Node) -> type[Op]:
@@ -437,7 +445,21 @@ class TorchGraph:
         are_one = not is_fresh(output, self._called(output)) and written in ([], [by])
         if are_one or self.is_private(by, output):
             return True
-        return not (may_be_written(output, self._called) or may_be_written(by, self._called))
+        if may_be_written(output, self._called) or may_be_written(by, self._called):
+            return False
+        return not (self._is_handed_out(output) and self._is_handed_out(by))
+
+    def _is_handed_out(self, value: fx.Node) -> bool:
+        """Whether the caller gets the value or a view of it, or gave it; he may write into what he has."""
+        pending, seen = [value], {value}
+        while pending:
+            value = pending.pop()
+            if value.op == "placeholder" or _is_output(value):
+                return True
+            views = [user for user in value.users if user not in seen and not is_fresh(user, self._called(user))]
+            pending += views
+            seen.update(views)
+        return False
 
     def _relaid(self, output: fx.Node, by: fx.Node) -> Values | None:
         """How other values are laid out if readers of `output` read `by`; None if some reader could not.

@@ -1,0 +1,148 @@
+"""What an ONNX model computes or stores more than once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto, TensorProto
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from fuser.files import ModelFile
+from fuser.graphs.onnx_carrier import NOT_IN_EDITOR
+from fuser.graphs.onnx_known import KnownValues, tensor_proto
+from fuser.graphs.onnx_wiring import Wiring, is_standard
+
+T = TypeVar("T")
+
+_NEVER_TWINS = frozenset(
+    "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli Dropout "
+    # A runtime fuses it into its reader, so each reader wants its own.
+    "DequantizeLinear "
+    # Compared by what they hold.
+    "Constant".split()
+)
+_NOT_COMPARED = {AttributeProto.GRAPH, *NOT_IN_EDITOR}
+
+
+def duplicate_nodes(wiring: Wiring) -> Iterator[tuple[gs.Node, gs.Node]]:
+    """(node, an earlier one in its scope that computes the same); each node is looked at when it is reached."""
+    seen: dict[Hashable, list[gs.Node]] = {}
+    for node in wiring.order:
+        if wiring.is_erased(node) or node.op in _NEVER_TWINS or not is_standard(node) or wiring.scope(node).frozen:
+            continue
+        earlier = seen.setdefault(_call(wiring, node), [])
+        twin = next((other for other in earlier if _have_equal_attributes(wiring, node, other)), None)
+        if twin is None:
+            earlier.append(node)
+        else:
+            yield node, twin
+
+
+def _call(wiring: Wiring, node: gs.Node) -> Hashable:
+    """What is called on which operands, for which outputs."""
+    operands = [0 if tensor.is_empty() else id(tensor) for tensor in node.inputs]
+    while operands and not operands[-1]:
+        operands.pop()
+    return node.op, id(wiring.scope(node)), tuple(operands), tuple(output.is_empty() for output in node.outputs)
+
+
+def _have_equal_attributes(wiring: Wiring, a: gs.Node, b: gs.Node) -> bool:
+    left, right = _attributes(wiring, a), _attributes(wiring, b)
+    return left is not None and left == right
+
+
+def _attributes(wiring: Wiring, node: gs.Node) -> dict[str, bytes] | None:
+    """The attributes by name, as bytes: a float equals another by its bits.  None for a node with a body."""
+    proto = wiring.proto(node)
+    if proto is not None and any(attribute.type in _NOT_COMPARED for attribute in proto.attribute):
+        return None
+    if proto is None or id(node) in wiring.touched:
+        proto = OnnxExporter.export_node(node)
+    return {attribute.name: attribute.SerializeToString(deterministic=True) for attribute in proto.attribute}
+
+
+class DuplicateConstants:
+    """Finds constants of one type, shape and content; what was hashed once is not read again.
+
+    A tensor is only read where another has its type and shape, and only as a whole where another begins as it does.
+    """
+
+    def __init__(self, model: ModelFile, wiring: Wiring, known: KnownValues) -> None:
+        self._model, self._wiring, self._known = model, wiring, known
+        self._hashes: dict[tuple[int, bool], bytes] = {}
+
+    def __iter__(self) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
+        """(constant, an equal one that is there wherever it is)."""
+        keys: Sequence[Callable[[gs.Tensor], Hashable]] = (self._form, self._beginning, self._content)
+        groups: list[list[gs.Tensor]] = [list(self._stored())]
+        for key in keys:
+            groups = [part for group in groups for part in _parts(group, key) if len(part) > 1]
+        for group in groups:
+            kept: dict[int, gs.Tensor] = {}
+            for tensor in group:
+                twin = self._visible(kept, tensor)
+                if twin is None:
+                    kept[id(self._wiring.home(tensor))] = tensor
+                else:
+                    yield tensor, twin
+
+    def _stored(self) -> Iterator[gs.Tensor]:
+        """Initializers, those that are outputs first as their names have to stay, and what Constant nodes make."""
+        initializers = [tensor for scope in self._wiring.scopes for tensor in scope.names.values() if not tensor.inputs]
+        nodes = [node for node in self._wiring.order if node.op == "Constant" and not self._wiring.is_erased(node)]
+        yield from filter(self._is_candidate, sorted(initializers, key=lambda t: not self._wiring.public(t)))
+        yield from filter(self._is_candidate, (node.outputs[0] for node in nodes))
+
+    def _is_candidate(self, tensor: gs.Tensor) -> bool:
+        home = self._wiring.home(tensor)
+        is_used = bool(self._wiring.uses(tensor) or self._wiring.public(tensor))
+        return is_used and tensor in self._known and home is not None and not home.frozen
+
+    def _visible(self, kept: Mapping[int, gs.Tensor], tensor: gs.Tensor) -> gs.Tensor | None:
+        """What of `kept`, by scope, can be read where `tensor` is: initializers are there in bodies, too."""
+        scope = self._wiring.home(tensor)
+        twin = kept.get(id(scope))
+        while twin is None and scope is not None:
+            scope = scope.parent
+            outer = kept.get(id(scope))
+            twin = outer if outer is not None and not outer.inputs else None
+        return twin
+
+    def _proto(self, tensor: gs.Tensor) -> TensorProto | None:
+        """Where the values are; a Constant node may also state them as numbers."""
+        stored = tensor.inputs[0].attrs.get("value") if tensor.inputs else tensor
+        return tensor_proto(stored) if isinstance(stored, gs.Constant) else None
+
+    def _form(self, tensor: gs.Tensor) -> Hashable:
+        proto = self._proto(tensor)
+        if proto is None or proto.data_type == TensorProto.STRING:
+            return id(tensor)
+        return proto.data_type, tuple(proto.dims)
+
+    def _beginning(self, tensor: gs.Tensor) -> bytes:
+        return self._hash(tensor, whole=False)
+
+    def _content(self, tensor: gs.Tensor) -> bytes:
+        return self._hash(tensor, whole=True)
+
+    def _hash(self, tensor: gs.Tensor, whole: bool) -> bytes:
+        key, proto = (id(tensor), whole), self._proto(tensor)
+        if proto is not None and key not in self._hashes:
+            digest = hashlib.blake2b(digest_size=32)
+            for piece in self._model.pieces(proto):
+                digest.update(piece)
+                if not whole:
+                    break
+            self._hashes[key] = digest.digest()
+        return self._hashes[key]
+
+
+def _parts(items: Iterable[T], key: Callable[[T], Hashable]) -> Iterable[list[T]]:
+    """The items with equal keys, in their order."""
+    parts: dict[Hashable, list[T]] = {}
+    for item in items:
+        parts.setdefault(key(item), []).append(item)
+    return parts.values()
