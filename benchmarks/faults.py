@@ -26,12 +26,12 @@ import numpy as np
 import onnx
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from fuser.isolate import Worker
 from fuser.proof import verify
 from fuser.proof.float64_onnx import evaluate
 from fuser.proof.inputs import generate, specs_of
 from fuser.proof.outcome import Failure
 from fuser.proof.rounding import unit_roundoff
+from fuser.proof.runners import Workers
 
 Array = np.ndarray[Any, Any]
 
@@ -405,7 +405,7 @@ def _unseen_inputs(path: str) -> Iterator[dict[str, Any]]:
 class Count:
     """Faults injected and caught; right folds checked and refused; the ones that went wrong, by name."""
 
-    worker: Worker
+    workers: Workers
     injected: Counter[str] = field(default_factory=Counter)
     caught: Counter[str] = field(default_factory=Counter)
     folds: int = 0
@@ -425,7 +425,7 @@ class Count:
         if not sites:
             return
         self.folds += 1
-        verdict = verify(before, after, worker=self.worker)
+        verdict = verify(before, after, workers=self.workers)
         if not verdict.passed:
             self.alarms += 1
             self.failures.append(f"false alarm: {name}: {verdict}")
@@ -444,7 +444,7 @@ class Count:
             self.below_rounding += 1
             return
         self.injected[kind] += 1
-        verdict = verify(before, broken, worker=self.worker)
+        verdict = verify(before, broken, workers=self.workers)
         if verdict.passed or verdict.verdict == "unverifiable":
             self.failures.append(f"missed: {kind} in {name}: {verdict}")
         else:
@@ -490,8 +490,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--models", type=Path, default=MODELS, help="a folder of further ONNX models")
     options = parser.parse_args(arguments)
     started = time.perf_counter()
-    with Worker() as worker:
-        count = Count(worker)
+    with Workers() as workers:
+        count = Count(workers)
         for seed, (name, model) in enumerate(cases(options.quick, options.models)):
             count.check(name, model, seed)
             print(f"{name}: {count.injected.total()} faults, {len(count.failures)} failures", file=sys.stderr)

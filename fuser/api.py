@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from fuser import registry
 from fuser.errors import InputError
-from fuser.isolate import Worker
 from fuser.job import Check, Job, Passes, Progress
 from fuser.registry import PassInfo
 from fuser.remarks import Remark
@@ -98,11 +98,12 @@ def optimize(
         threshold=threshold,
     )
 
-    with source, Worker() as worker:
+    with source, ExitStack() as stack:
         job = Job(source, chosen, progress)
+        if verify:
+            check = _check(source, stack, example_inputs, example_kwargs, inputs, input_shapes)
         job.rewrite()
         if verify:
-            check = _check(source, worker, example_inputs, example_kwargs, inputs, input_shapes)
             job.prove(check, abort=on_failure == "abort", whole=verify == "whole")
         return Result(job.finish(), job.report)
 
@@ -162,10 +163,11 @@ def bisect(
         dynamic_shapes=dynamic_shapes,
         freeze_inputs=freeze_inputs,
     )
-    with source, Worker() as worker:
+    with source, ExitStack() as stack:
+        check = _check(source, stack, example_inputs, example_kwargs, inputs, input_shapes)
         job = Job(source, chosen, progress)
         job.rewrite()
-        return job.first_wrong(_check(source, worker, example_inputs, example_kwargs, inputs, input_shapes))
+        return job.first_wrong(check)
 
 
 def list_passes() -> list[PassInfo]:
@@ -182,17 +184,21 @@ def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: s
 
 def _check(
     source: Source,
-    worker: Worker,
+    stack: ExitStack,
     example_inputs: Sequence[Any] | None,
     example_kwargs: Mapping[str, Any] | None,
     inputs: Any,
     input_shapes: Mapping[str, Sequence[int]] | None,
 ) -> Check:
-    """How a rewritten model compares with the source's original."""
+    """How a rewritten model compares with the source's original; the processes for that end with `stack`."""
+    from fuser import proof
+    from fuser.proof.runners import Workers
+
+    workers = stack.enter_context(Workers())
+    if source.is_onnx:
+        workers.first.start()  # it imports what it needs while the passes run
 
     def check(candidate: Any, contract: Contract) -> Verification:
-        from fuser import proof
-
         return proof.verify(
             source.original,
             candidate,
@@ -202,7 +208,7 @@ def _check(
             input_shapes=input_shapes,
             contract=contract.value,
             removed_inputs=source.removable_inputs,
-            worker=worker,
+            workers=workers,
         )
 
     return check

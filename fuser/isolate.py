@@ -153,6 +153,11 @@ class Worker:
         return lines[-1][:300] if lines else ""
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _cause(code: int) -> str:
     if code < 0:
         return f"the process was killed by {signal.Signals(-code).name}"

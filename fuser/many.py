@@ -20,7 +20,7 @@ from typing import Any
 from fuser import api
 from fuser.api import Result
 from fuser.errors import FuserError, InputError
-from fuser.isolate import Crashed, Worker
+from fuser.isolate import Crashed, Worker, cores
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def optimize_many(
         run: Callable[[str, str, dict[str, Any]], Outcome] = optimize_one
         if executor is None:
             workers = _Workers(stack)
-            executor = stack.enter_context(ThreadPoolExecutor(min(jobs or _cores(), max(len(sources), 1))))
+            executor = stack.enter_context(ThreadPoolExecutor(min(jobs or cores(), max(len(sources), 1))))
             run = workers.optimize_one
         futures: dict[Future[Outcome], int] = {}
         for number, (source, target) in enumerate(zip(sources, targets, strict=True)):
@@ -160,7 +160,3 @@ def _outcome(future: Future[Outcome], source: str) -> Outcome:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

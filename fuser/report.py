@@ -100,9 +100,7 @@ class Report:
         if self.unverified:
             yield f"not verified: {self.unverified}"
         elif self.verification is not None:
-            ratio = self.verification.cost_ratio
-            cost = f", {ratio:.1f} times loading and running the original" if ratio else ""
-            yield f"verified: {self.verification} ({self.verification.seconds:.1f} s{cost})"
+            yield f"verified: {self.verification} ({self.verification.cost})"
         yield from (f"wrote {path}" for path in self.written)
 
     def __str__(self) -> str:

@@ -42,10 +42,12 @@ class Source:
 
     name: what a person would call it.
     original: what equivalence is judged against.
+    is_onnx: whether the original is an ONNX model.
     removable_inputs: inputs that the user asked to drop, or that are formalities.
     may_lack_inputs: whether it is no error that there is nothing to run the model on.
     """
 
+    is_onnx = False
     may_lack_inputs = False
 
     def __init__(self, name: str, original: Any) -> None:
@@ -92,6 +94,8 @@ class OnnxSource(Source):
     hand_back: makes of the edited one what the user expects; None where that is the path of the destination.
     destination: where it is to be written, if anywhere.
     """
+
+    is_onnx = True
 
     def __init__(
         self,

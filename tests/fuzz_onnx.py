@@ -19,7 +19,8 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto,
 from onnx.reference.op_run import OpRun
 
 from fuser.proof.float64_onnx import Float64Evaluator
-from fuser.proof.float64_ops import OPS, is_float
+from fuser.proof.float64_ops import OPS
+from fuser.proof.rounding import is_float
 
 Array: TypeAlias = np.ndarray[Any, Any]
 

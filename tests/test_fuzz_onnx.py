@@ -145,7 +145,8 @@ def same_in_runtime(
     for path, model in zip(paths, (sample.model, after), strict=True):
         path.write_bytes(model.SerializeToString())
         try:
-            outcomes.append(worker.call(RUN, str(path), [feeds for feeds, _ in truths], False, False, timeout=60))
+            ran = worker.call(RUN, str(path), [feeds for feeds, _ in truths], False, False, timeout=60)
+            outcomes.append(ran.outcomes)
         except Crashed:
             outcomes.append(None)
     if outcomes[0] is None or isinstance(outcomes[0][0], Failure):

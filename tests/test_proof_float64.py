@@ -325,3 +325,85 @@ def test_inner_tensors_can_be_asked_for(tmp_path: Path) -> None:
     found = intermediates(str(path), {"x": x}, ["a", "b", "nothing"])
     assert set(found) == {"a", "b"}
     close(found["b"], np.exp(-x.astype(np.float64)))
+
+
+def deep(layers: int) -> onnx.ModelProto:
+    """Convolutions with large weights, two kinds of attributes in turn, and a weight that is an output as well."""
+    weights = [normal(16, 16, 3, 3) / 12 for _ in range(layers)]
+    nodes = [
+        helper.make_node("Conv", [f"h{i}", f"w{i}"], [f"h{i + 1}"], pads=[1 + i % 2] * 4, dilations=[1 + i % 2] * 2)
+        for i in range(layers)
+    ]
+    nodes.append(helper.make_node("Identity", ["w0"], ["kept"]))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("h0", TensorProto.FLOAT, [None, 16, 6, 5])],
+        [helper.make_empty_tensor_value_info(name) for name in (f"h{layers}", "kept")],
+        [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def test_sets_that_run_together_give_what_each_gives_alone(tmp_path: Path) -> None:
+    path = str(tmp_path / "model.onnx")
+    model = deep(4)
+    onnx.save(model, path)
+    sets = [{"h0": normal(n, 16, 6, 5)} for n in (1, 2)] + [{"h0": normal(1, 15, 6, 5)}, {"h0": normal(3, 16, 6, 5)}]
+    (together,) = evaluate(path, sets, [None])
+    y = double(sets[3]["h0"])
+    for i, tensor in enumerate(model.graph.initializer):
+        step = 1 + i % 2
+        y = F.conv2d(y, double(numpy_helper.to_array(tensor)), padding=step, dilation=step)
+    close(together[3][0], y)
+    close(together[0][1], double(numpy_helper.to_array(model.graph.initializer[0])))
+    for feeds, found in zip(sets, together, strict=True):
+        ((alone,),) = evaluate(path, [feeds], [None])
+        if isinstance(found, Failure):
+            assert feeds["h0"].shape[1] == 15 and isinstance(alone, Failure)
+        else:
+            assert all(np.array_equal(a, b) for a, b in zip(alone, found, strict=True))
+
+
+def test_large_weights_are_read_when_they_are_needed_and_freed_after(tmp_path: Path) -> None:
+    """Of weights worth 60 MB in float64, no more than a few are in memory at a time."""
+    import tracemalloc
+
+    weights = [normal(500, 500) / 25 for _ in range(30)]
+    nodes = [helper.make_node("MatMul", [f"h{i}", f"w{i}"], [f"h{i + 1}"]) for i in range(30)]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("h0", TensorProto.FLOAT, [1, 500])],
+        [helper.make_empty_tensor_value_info("h30")],
+        [numpy_helper.from_array(w, f"w{i}") for i, w in enumerate(weights)],
+    )
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    evaluate(str(path), [{"h0": normal(1, 500)}], [None])  # what is imported and cached is not counted
+    tracemalloc.start()
+    try:
+        evaluate(str(path), [{"h0": normal(1, 500)}, {"h0": normal(1, 500)}], [None])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12e6
+
+
+def test_tensors_of_nodes_and_bodies_are_read_from_the_file(tmp_path: Path) -> None:
+    weight = normal(40, 40)
+    model = onnx.parser.parse_model("""
+        <ir_version: 8, opset_import: ["" : 17]>
+        g (float[40] x, bool c) => (float[40] y) {
+            w = Constant ()
+            a = MatMul (x, w)
+            y = If (c) <then_branch = t () => (float[40] u) { u = MatMul (a, v) },
+                        else_branch = e () => (float[40] u) { u = Identity (a) }>
+        }""")
+    model.graph.node[0].attribute.append(helper.make_attribute("value", numpy_helper.from_array(weight, "w")))
+    (body,) = (a.g for a in model.graph.node[2].attribute if a.name == "then_branch")
+    body.initializer.append(numpy_helper.from_array(weight.T.copy(), "v"))
+    x = normal(40)
+    wide = weight.astype(np.float64)
+    close(run(tmp_path, model, x, np.array(True))[0], x.astype(np.float64) @ wide @ wide.T)
+    close(run(tmp_path, model, x, np.array(False))[0], x.astype(np.float64) @ wide)

@@ -16,23 +16,23 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from fuser.errors import InputError
-from fuser.isolate import Worker
 from fuser.proof import Verification
 from fuser.proof import verify as run_verify
+from fuser.proof.runners import Workers, release, run_onnx
 
 RNG = np.random.default_rng(11)
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    with Worker() as one:
+def workers() -> Iterator[Workers]:
+    with Workers() as one:
         yield one
 
 
 @pytest.fixture
-def verify(worker: Worker) -> Any:
+def verify(workers: Workers) -> Any:
     def call(before: Any, after: Any, **options: Any) -> Verification:
-        return run_verify(before, after, worker=worker, **options)
+        return run_verify(before, after, workers=workers, **options)
 
     return call
 
@@ -82,7 +82,7 @@ def test_the_result_in_json_and_as_a_table(verify: Any) -> None:
     console.print(result.render())
     text = console.export_text()
     assert "cosine" in text and "equivalent: the largest error against the float64 truth" in text
-    assert "times the inference" in text
+    assert "times loading the original and running it" in text
 
 
 SUM = "g (float[N,40] x) => (float[N] y) {{ {body} }}"
@@ -336,3 +336,49 @@ def test_an_onnx_comparison_does_not_import_torch() -> None:
 
     code = "import sys, fuser.proof, fuser.proof.sides, fuser.proof.gate; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_takes_long_runs_in_two_processes_with_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = linear()
+    with Workers() as workers:
+        alone = run_verify(model, model, workers=workers)
+        assert workers.second.pid is None, "a second process is not worth its start here"
+        monkeypatch.setattr("fuser.proof.check._LONG", 0.0)
+        monkeypatch.setattr("fuser.proof.check.cores", lambda: 2)
+        together = run_verify(model, model, workers=workers)
+        assert workers.second.pid not in (None, workers.first.pid)
+        assert run_verify(model, linear(1.001), workers=workers).verdict == "different"
+    assert (together.outputs, together.sets) == (alone.outputs, alone.sets)
+
+
+def test_models_that_do_not_fit_side_by_side_run_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fuser.proof.check._LONG", 0.0)
+    monkeypatch.setattr("fuser.proof.check.cores", lambda: 2)
+    monkeypatch.setattr("fuser.proof.check._TOGETHER", 59)
+    with Workers() as workers:
+        assert run_verify(linear(), linear(), workers=workers).passed
+        assert workers.second.pid is None
+
+
+def test_a_session_is_kept_for_the_same_file_only(tmp_path: Path) -> None:
+    path, other = tmp_path / "model.onnx", tmp_path / "other.onnx"
+    x = RNG.standard_normal((1, 6)).astype(np.float32)
+    onnx.save(linear(), path)
+    onnx.save(linear(2.0), other)
+
+    def ran(path: Path, optimize: bool = False) -> tuple[np.ndarray, bool]:
+        found = run_onnx(str(path), [{"x": x}], optimize, False)
+        return found.outcomes[0][0], found.loading == 0
+
+    try:
+        first, kept = ran(path)
+        assert not kept and ran(path)[1]
+        assert not ran(path, optimize=True)[1]
+        assert not ran(other)[1]
+        onnx.save(linear(2.0), path)  # the same name, another model
+        second, kept = ran(path)
+        assert not kept and np.array_equal(second, ran(other)[0]) and not np.array_equal(second, first)
+        release()
+        assert not ran(other)[1]
+    finally:
+        release()

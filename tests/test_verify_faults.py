@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from fuser.isolate import Worker
+from fuser.proof.runners import Workers
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "faults.py"
 
@@ -26,21 +26,21 @@ def faults() -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def worker() -> Iterator[Worker]:
-    with Worker() as one:
+def workers() -> Iterator[Workers]:
+    with Workers() as one:
         yield one
 
 
-def count(faults: ModuleType, worker: Worker, *cases: tuple[str, str]) -> object:
-    found = faults.Count(worker)
+def count(faults: ModuleType, workers: Workers, *cases: tuple[str, str]) -> object:
+    found = faults.Count(workers)
     for seed, (name, dtype) in enumerate(cases):
         found.check(f"{name} {dtype}", getattr(faults, name)(faults.Net(dtype, seed=seed)), seed)
     return found
 
 
-def test_every_fault_is_caught_and_no_right_fold_refused(faults: ModuleType, worker: Worker) -> None:
+def test_every_fault_is_caught_and_no_right_fold_refused(faults: ModuleType, workers: Workers) -> None:
     cases = [("residual", "float32"), ("grouped", "float32"), ("transposed", "float16"), ("dynamic", "bfloat16")]
-    found = count(faults, worker, *cases)
+    found = count(faults, workers, *cases)
     assert found.failures == []
     assert found.caught == found.injected and found.injected.total() >= 35
     assert len(found.injected) == 13  # each kind at least once
@@ -49,21 +49,21 @@ def test_every_fault_is_caught_and_no_right_fold_refused(faults: ModuleType, wor
 
 @pytest.mark.parametrize("name", ["deep", "cancelling", "recurrent", "attention", "several_outputs"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_right_folds_are_never_refused(faults: ModuleType, worker: Worker, name: str, dtype: str) -> None:
+def test_right_folds_are_never_refused(faults: ModuleType, workers: Workers, name: str, dtype: str) -> None:
     from fuser.proof import verify
 
     before = getattr(faults, name)(faults.Net(dtype, seed=77))
     after, sites = faults.fold(before)
     assert sites
-    result = verify(before, after, worker=worker)
+    result = verify(before, after, workers=workers)
     assert result.passed, str(result)
 
 
-def test_a_fold_that_is_nearer_to_the_truth_than_the_original_passes(faults: ModuleType, worker: Worker) -> None:
+def test_a_fold_that_is_nearer_to_the_truth_than_the_original_passes(faults: ModuleType, workers: Workers) -> None:
     from fuser.proof import verify
 
     before = faults.cancelling(faults.Net("float32", seed=5))
-    result = verify(before, faults.fold(before)[0], worker=worker)
+    result = verify(before, faults.fold(before)[0], workers=workers)
     (y,) = result.outputs
     assert result.passed and y.original > 1e-3 * y.max_abs  # both lose digits, and that is no fault
 

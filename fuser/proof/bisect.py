@@ -19,7 +19,7 @@ import onnx
 
 from fuser.errors import InputError
 from fuser.isolate import IsolatedFailure, Worker
-from fuser.proof.float64_ops import is_float
+from fuser.proof.rounding import is_float
 from fuser.proof.runners import Float64Runner, OnnxRunner
 from fuser.proof.sides import OnnxSide, open_sides
 

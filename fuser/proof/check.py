@@ -8,16 +8,18 @@ the interfaces compared (`interface`).
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 from fuser.errors import InputError
-from fuser.isolate import Worker
+from fuser.isolate import cores
 from fuser.proof.compare import Figures
 from fuser.proof.inputs import InputSet
 from fuser.proof.outcome import Failure, Outcome
-from fuser.proof.runners import Float64Runner
+from fuser.proof.runners import Float64Runner, OnnxRunner, Workers
 from fuser.proof.sides import Side, open_sides
 from fuser.proof.trial import Trial
 from fuser.proof.verification import Truth, Verification
@@ -26,6 +28,15 @@ CONTRACTS = ("exact", "rounding")
 
 _SETS = ((0.3, 9), (1.0, 3), (5.0, 2))
 """(seconds that one load and run takes, at most; number of input sets); one set for what is slower still."""
+
+_LONG = 0.2
+"""Seconds that the original takes, from which on a second process is worth its start."""
+
+_TOGETHER = 1 << 27
+"""Elements of constants that both models may have to be in memory at the same time."""
+
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 def verify(
@@ -40,7 +51,7 @@ def verify(
     contract: str = "rounding",
     timeout: float = 300.0,
     removed_inputs: Collection[str] = (),
-    worker: Worker | None = None,
+    workers: Workers | None = None,
 ) -> Verification:
     """Compare `after` with `before`; neither is changed.
 
@@ -55,7 +66,7 @@ def verify(
         contract: "rounding", or "exact" for bit-identical outputs.
         timeout: seconds for each call of a runtime.
         removed_inputs: inputs that `after` is allowed to lack.
-        worker: the process in which runtimes run, for many comparisons in a row; else one is started and ended.
+        workers: the processes in which runtimes run, for many comparisons in a row; else they are started and ended.
 
     Raises:
         InputError: a model or an option is not usable, or inputs can be neither generated nor found.
@@ -64,10 +75,10 @@ def verify(
         raise InputError(f"contract is 'exact' or 'rounding', not {contract!r}")
     started = time.perf_counter()
     with ExitStack() as stack:
-        worker = worker or stack.enter_context(Worker(preload=("onnxruntime", "onnx.reference")))
+        workers = workers or stack.enter_context(Workers())
         first, second = open_sides(
             stack,
-            worker,
+            workers.first,
             before,
             after,
             example_inputs=example_inputs,
@@ -76,7 +87,7 @@ def verify(
             timeout=timeout,
             removed_inputs=removed_inputs,
         )
-        result = _Comparison(first, second, contract, seed).run(inputs)
+        result = _Comparison(first, second, contract, seed, workers).run(inputs)
     result.seconds = time.perf_counter() - started
     if result.cost_ratio:  # until here, the seconds of one pass over the original
         result.cost_ratio = result.seconds / result.cost_ratio
@@ -86,8 +97,9 @@ def verify(
 class _Comparison:
     """One comparison, step by step."""
 
-    def __init__(self, before: Side, after: Side, contract: str, seed: int) -> None:
+    def __init__(self, before: Side, after: Side, contract: str, seed: int, workers: Workers) -> None:
         self._before, self._after, self._contract, self._seed = before, after, contract, seed
+        self._workers = workers
         self._result = Verification("equivalent", contract=contract)
         self._discarded = 0
         self._light = True
@@ -108,11 +120,11 @@ class _Comparison:
         if isinstance(self._before.runner, Float64Runner):
             result.truth_note = self._before.runner.why
             self._after.runner = Float64Runner(self._after.runner, "")
-        candidates = self._after.runner.run([one.values for one in sets])
+        candidates, truths, wide = self._evidence(sets, originals)
         for one, candidate in zip(sets, candidates, strict=True):
             if isinstance(candidate, Failure):
                 return self._conclude("different", f"the optimized model fails for {one.label}: {candidate}")
-        problem = self._judge(sets, originals, candidates)
+        problem = self._judge(sets, originals, candidates, truths, wide)
         if problem and self._before.is_random():
             return self._conclude("unverifiable", f"the model draws random numbers, so that proves nothing: {problem}")
         if problem:
@@ -136,11 +148,10 @@ class _Comparison:
             number = _number_of_sets(probe.seconds)
             self._light = number == _SETS[0][1]
             sets = self._before.more(probe.sizes, self._seed, number)
-        started = time.perf_counter()
         outcomes = self._before.runner.run([one.values for one in sets])
         if isinstance(outcomes[0], Failure) and self._before.stand_in(outcomes[0]):
             outcomes = self._before.runner.run([one.values for one in sets])
-        seconds = time.perf_counter() - started
+        seconds = self._before.runner.seconds
         good = [(one, out) for one, out in zip(sets, outcomes, strict=True) if not isinstance(out, Failure)]
         failures = [out for out in outcomes if isinstance(out, Failure)]
         if inputs is not None and failures:
@@ -154,26 +165,64 @@ class _Comparison:
             good = tame or good
         return [one for one, _ in good], [out for _, out in good], seconds
 
-    def _judge(self, sets: list[InputSet], originals: list[Any], candidates: list[Outcome]) -> str:
-        """What is wrong with the candidates' outputs, in one line; empty when nothing is."""
-        result = self._result
-        exact = self._contract == "exact" or (not self._before.is_seeded and self._before.is_random())
-        truths: list[Outcome] = [Failure("refused", "not asked for")] * len(sets)
-        wide: list[Outcome] = list(truths)
-        if isinstance(self._before.runner, Float64Runner):
-            truths, wide = list(originals), candidates  # there is nothing else
-        elif not exact:
-            values = [one.values for one in sets]
-            truths = self._before.runner.truth(values)[0]
+    @cached_property
+    def _exact(self) -> bool:
+        return self._contract == "exact" or (not self._before.is_seeded and self._before.is_random())
+
+    def _both(self, of_original: Callable[[], T], of_candidate: Callable[[], S]) -> tuple[T, S]:
+        """Both results; at the same time, in a process each, where that saves more than it takes to start another."""
+        runner = self._after.runner
+        small = self._before.size + self._after.size <= _TOGETHER
+        if self._before.runner.seconds < _LONG or not small or cores() == 1 or not isinstance(runner, OnnxRunner):
+            return of_original(), of_candidate()
+        runner.worker = self._workers.second
+        with ThreadPoolExecutor(1) as pool:
+            later = pool.submit(of_candidate)
+            try:
+                return of_original(), later.result()
+            except BaseException:  # Ctrl-C: the other thread is not to be waited for
+                self._workers.second.close()
+                raise
+
+    def _evidence(
+        self, sets: list[InputSet], originals: list[Any]
+    ) -> tuple[list[Outcome], list[Outcome], list[Outcome]]:
+        """For each set: the candidate's outputs, and those of both models in float64."""
+        values = [one.values for one in sets]
+        unasked: list[Outcome] = [Failure("refused", "not asked for")] * len(sets)
+        if isinstance(self._before.runner, Float64Runner):  # there is nothing else
+            candidates = self._after.runner.run(values)
+            return candidates, list(originals), candidates
+        if self._exact:
+            return self._after.runner.run(values), unasked, unasked
+
+        def of_candidate() -> tuple[list[Outcome], list[Outcome]]:
+            candidates = self._after.runner.run(values)
+            if any(isinstance(candidate, Failure) for candidate in candidates):
+                return candidates, unasked
             # Of heavy models the optimized one is evaluated once: it only sharpens what the truth alone shows.
             number = len(sets) if self._light else 1
-            wide[:number] = self._after.runner.truth(values[:number])[0]
+            return candidates, self._after.runner.truth(values[:number])[0] + unasked[number:]
+
+        truths, (candidates, wide) = self._both(lambda: self._before.runner.truth(values)[0], of_candidate)
+        return candidates, truths, wide
+
+    def _judge(
+        self,
+        sets: list[InputSet],
+        originals: list[Any],
+        candidates: list[Outcome],
+        truths: list[Outcome],
+        wide: list[Outcome],
+    ) -> str:
+        """What is wrong with the candidates' outputs, in one line; empty when nothing is."""
+        result = self._result
         problem, used = "", set()
         blind: list[bool] = []
         for index, one in enumerate(sets):
             outcomes = originals[index], candidates[index], truths[index], wide[index]
             trial = Trial(self._before, self._after, one, *outcomes)
-            found = trial.bits() if exact else trial.rounding()
+            found = trial.bits() if self._exact else trial.rounding()
             used.add(trial.truth)
             result.truth_note = result.truth_note or trial.note
             result.outputs = _worst(result.outputs, trial.figures)

@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from fuser.proof.float64_ops import is_float
-from fuser.proof.rounding import unit_roundoff
+from fuser.proof.rounding import is_float, unit_roundoff
 
 Array = np.ndarray[Any, Any]
 

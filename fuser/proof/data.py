@@ -12,8 +12,8 @@ import numpy as np
 import onnx
 
 from fuser.errors import InputError
-from fuser.proof.float64_ops import is_float
 from fuser.proof.inputs import InputSet, Spec
+from fuser.proof.rounding import is_float
 
 
 def given(inputs: Any, specs: Sequence[Spec]) -> list[InputSet]:

@@ -9,33 +9,40 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx.reference.op_run import OpRun
 
+from fuser.proof.rounding import is_float
+
 Array = np.ndarray[Any, Any]
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
-_GATHERED = 1 << 28
-"""Bytes that a convolution may use to gather its windows before it multiplies."""
+_GATHERED = 1 << 22
+"""Bytes of windows that a convolution gathers at a time before it multiplies: few enough for a cache."""
 ROUNDING_CASTS = _FLOATS - {onnx.TensorProto.DOUBLE}
 """Types to which a Cast would round, and does not in float64."""
 _EVERY = (slice(None), slice(None))
 
 
-def is_low(array: Any) -> bool:
-    """Whether `array` holds floating point numbers other than float64 (bfloat16 and float8 included)."""
-    return isinstance(array, np.ndarray) and array.dtype != np.float64 and is_float(array.dtype)
+class Operator(OpRun):
+    """An operator of ours, called as it is: the reference evaluator checks its own at every call."""
+
+    def run(self, *args: Any, linked_attributes: Any = None, **options: Any) -> Any:
+        """The results for these operands, as a tuple."""
+        if self.has_linked_attribute:
+            return super().run(*args, linked_attributes=linked_attributes, **options)  # type: ignore[no-untyped-call]
+        return self._run(*args, **self._attributes)  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def _attributes(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self.attributes_names_}
 
 
-def is_float(dtype: Any) -> bool:
-    """Whether `dtype` is a floating point type, those of ml_dtypes included."""
-    return bool(dtype.kind == "f" or (dtype.kind == "V" and "float" in dtype.name))
-
-
-class Cast(OpRun):
+class Cast(Operator):
     """To a floating point type: float64 stays; to anything else: as the operator says."""
 
     def _run(self, x: Array, to: int, **attributes: Any) -> tuple[Array]:
@@ -50,7 +57,7 @@ class Cast(OpRun):
             return (x.astype(dtype),)
 
 
-class CastLike(OpRun):
+class CastLike(Operator):
     """Cast to the type of another value; every float counts as float64."""
 
     def _run(self, x: Array, like: Array, **_: Any) -> tuple[Array]:
@@ -59,7 +66,7 @@ class CastLike(OpRun):
         return (x.astype(like.dtype),)
 
 
-class BatchNormalization(OpRun):
+class BatchNormalization(Operator):
     """Every opset: before 14 further outputs mean training, in opset 7 `spatial=0` means one statistic per element."""
 
     def _run(
@@ -85,7 +92,7 @@ class BatchNormalization(OpRun):
         return (y, *running)
 
 
-class Conv(OpRun):
+class Conv(Operator):
     """y = x * w + b, as one matrix product for each position of the kernel."""
 
     def _run(self, x: Array, w: Array, b: Array | None = None, *, group: int = 1, **attributes: Any) -> tuple[Array]:
@@ -97,7 +104,7 @@ class Conv(OpRun):
         return (y,)
 
 
-class ConvTranspose(OpRun):
+class ConvTranspose(Operator):
     """The transpose of a convolution: every input element spreads its kernel over the output."""
 
     def _run(
@@ -139,7 +146,7 @@ class ConvTranspose(OpRun):
         return (y if b is None else y + _per_channel(b, y),)
 
 
-class MaxPool(OpRun):
+class MaxPool(Operator):
     """The largest element of each window, and its index in the input where that is asked for."""
 
     def _run(self, x: Array, *, storage_order: int = 0, **attributes: Any) -> tuple[Array, ...]:
@@ -157,7 +164,7 @@ class MaxPool(OpRun):
         return np.take_along_axis(views, best, 0)[0], np.take_along_axis(places, best, 0)[0]
 
 
-class AveragePool(OpRun):
+class AveragePool(Operator):
     """The mean of each window, over the elements that `count_include_pad` counts."""
 
     def _run(self, x: Array, *, count_include_pad: int = 0, **attributes: Any) -> tuple[Array]:
@@ -174,7 +181,7 @@ class AveragePool(OpRun):
         return (total / number,)
 
 
-class DequantizeLinear(OpRun):
+class DequantizeLinear(Operator):
     """y = (x - zero_point) * scale, per tensor, per axis or per block."""
 
     def _run(
@@ -191,7 +198,7 @@ class DequantizeLinear(OpRun):
         return ((x.astype(np.float64) - offset) * _along(scale, x, axis, block_size),)
 
 
-class OneHot(OpRun):
+class OneHot(Operator):
     """One at each index, zero elsewhere; `depth` may be a scalar or have one element."""
 
     def _run(self, indices: Array, depth: Array, values: Array, *, axis: int = -1) -> tuple[Array]:
@@ -200,6 +207,13 @@ class OneHot(OpRun):
         shape = [1] * places.ndim
         shape[axis] = number
         return (np.where(places == np.arange(number).reshape(shape), values[1], values[0]),)
+
+
+class Relu(Operator):
+    """y = max(x, 0); NaN stays."""
+
+    def _run(self, x: Array) -> tuple[Array]:
+        return (np.maximum(x, 0),)
 
 
 OPS: list[type[OpRun]] = [
@@ -212,6 +226,7 @@ OPS: list[type[OpRun]] = [
     DequantizeLinear,
     MaxPool,
     OneHot,
+    Relu,
 ]
 
 
@@ -278,20 +293,27 @@ class _Window:
 
 
 def _convolve(x: Array, w: Array, window: _Window, groups: int) -> Array:
-    batch, channels_out, inner = x.shape[0], w.shape[0], w.shape[1]
-    length = math.prod(window.output)
-    taps = w.reshape(groups, channels_out // groups, inner, -1)
-    if x.nbytes * taps.shape[-1] <= _GATHERED:
-        # One large product instead of many small ones.
-        views = [view.reshape(batch, groups, inner, length) for view in window.views(x)]
-        columns = np.concatenate(views, axis=2)
-        y = np.matmul(taps.transpose(0, 1, 3, 2).reshape(groups, channels_out // groups, -1), columns)
-    else:
-        y = np.zeros((batch, groups, channels_out // groups, length))
-        by_tap = np.ascontiguousarray(np.moveaxis(taps, -1, 0))  # numpy multiplies strided matrices without BLAS
-        for tap, view in zip(by_tap, window.views(x), strict=True):
-            y += np.matmul(tap, view.reshape(batch, groups, inner, length))
-    return np.asarray(y.reshape(batch, channels_out, *window.output))
+    """The convolution of an input that is padded already: matrix products over rows of windows."""
+    batch, outputs, inner = x.shape[0], w.shape[0] // groups, w.shape[1]
+    views = [view.reshape(batch, groups, inner, *window.output) for view in window.views(x)]
+    taps = w.reshape(groups, outputs, inner, len(views))
+    if inner == 1:  # depthwise: a matrix product of so little is slower than its parts
+        factors = np.moveaxis(taps, -1, 0).reshape(-1, groups, outputs, *[1] * len(window.output))
+        y = factors[0] * views[0]
+        for factor, view in zip(factors[1:], views[1:], strict=True):
+            y += factor * view
+        return np.asarray(y.reshape(batch, groups * outputs, *window.output))
+    matrix = taps.reshape(groups, outputs, inner * len(views))
+    length, rest = window.output[0], math.prod(window.output[1:])
+    row = 8 * batch * groups * inner * len(views) * rest
+    step = length if len(views) == 1 else min(length, max(1, _GATHERED // max(row, 1)))
+    y = np.empty((batch, groups, outputs, length, rest))
+    for start in range(0, length, max(step, 1)):
+        rows = slice(start, start + step)
+        columns = np.stack([view[:, :, :, rows] for view in views], axis=3) if len(views) > 1 else views[0]
+        product = np.matmul(matrix, columns.reshape(batch, groups, inner * len(views), -1))
+        y[:, :, :, rows] = product.reshape(batch, groups, outputs, -1, rest)
+    return y.reshape(batch, groups * outputs, *window.output)
 
 
 def _crop(

@@ -18,9 +18,9 @@ import onnx
 
 from fuser.errors import InputError
 from fuser.files import ModelFile
-from fuser.proof.float64_ops import is_float
 from fuser.proof.hints import Hint, hints
 from fuser.proof.interface import public_inputs
+from fuser.proof.rounding import is_float
 
 Array = np.ndarray[Any, Any]
 

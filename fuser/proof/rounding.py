@@ -15,6 +15,16 @@ _SMALL = 16
 """A constant with no more elements, all of them short numbers (1, 0.5, 224), is taken as meant: a size, a factor."""
 
 
+def is_low(array: Any) -> bool:
+    """Whether `array` holds floating point numbers other than float64 (bfloat16 and float8 included)."""
+    return isinstance(array, np.ndarray) and array.dtype != np.float64 and is_float(array.dtype)
+
+
+def is_float(dtype: Any) -> bool:
+    """Whether `dtype` is a floating point type, those of ml_dtypes included."""
+    return bool(dtype.kind == "f" or (dtype.kind == "V" and "float" in dtype.name))
+
+
 def unit_roundoff(dtype: Any) -> float:
     """The largest relative error of one rounding to `dtype`: 2**-24 for float32, 2**-11 for float16."""
     return float(_info(dtype).eps) / 2

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from fuser.isolate import Crashed, IsolatedFailure, Raised, TimedOut, Worker
+from fuser.isolate import Crashed, Raised, TimedOut, Worker, cores
 from fuser.proof.outcome import Failure, Outcome, first_line
 
 ONNX_RUNTIME = "fuser.proof.runners:run_onnx"
@@ -29,9 +30,11 @@ class Runner(Protocol):
     """A model that can be run.
 
     runtime: what runs it, for the report.
+    seconds: what loading it once and the last `run` took together.
     """
 
     runtime: str
+    seconds: float
 
     def run(self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False) -> list[Outcome]:
         """Outputs as the runtime computes them, with its own optimizer off or on.
@@ -45,16 +48,37 @@ class Runner(Protocol):
         ...
 
 
+class Workers:
+    """Processes in which ONNX models run: the second one is started only for two models that take long."""
+
+    def __init__(self) -> None:
+        # Two products at a time share the cores; threads that wait for each other would slow both down many times.
+        threads = str(max(1, cores() // 2))
+        env = {name: os.environ.get(name, threads) for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        self.first, self.second = (Worker(env, preload=("onnxruntime", "fuser.proof.float64_onnx")) for _ in range(2))
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.first.close()
+        self.second.close()
+
+
 class OnnxRunner:
-    """An ONNX model in ONNX Runtime's CPU provider."""
+    """An ONNX model in ONNX Runtime's CPU provider.
+
+    worker: the process in which it runs.
+    """
 
     runtime = "ONNX Runtime"
 
     def __init__(self, path: str, names: Sequence[str | None], worker: Worker, timeout: float) -> None:
         """names: of the inputs, in the order of the values; None for a value that this model does not take."""
         self.path = path
+        self.seconds = self._loading = 0.0
         self._names = names
-        self._worker = worker
+        self.worker = worker
         self._timeout = timeout
 
     def run(self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False) -> list[Outcome]:
@@ -65,21 +89,16 @@ class OnnxRunner:
         """See `Runner.truth`."""
         feeds = [self._feeds(values) for values in sets]
         try:
-            answer: list[list[Outcome]] = self._worker.call(
+            answer: list[list[Outcome]] = self.worker.call(
                 "fuser.proof.float64_onnx:evaluate", self.path, feeds, nudges, timeout=self._timeout
             )
         except (Crashed, TimedOut, Raised) as error:
             return [[_failure(error)] * len(sets) for _ in nudges]
         return answer
 
-    def warm(self) -> None:
-        """Have the worker ready, so that the first run can be timed."""
-        with contextlib.suppress(IsolatedFailure):  # the run itself will say
-            self._worker.call("fuser.proof.runners:warm", timeout=self._timeout)
-
     def tensors(self, feeds: Feeds, names: Sequence[str]) -> dict[str, Any]:
         """The float64 values of inner tensors; raises `IsolatedFailure`."""
-        answer: dict[str, Any] = self._worker.call(
+        answer: dict[str, Any] = self.worker.call(
             "fuser.proof.float64_onnx:intermediates", self.path, self._feeds(feeds), list(names), timeout=self._timeout
         )
         return answer
@@ -93,9 +112,7 @@ class OnnxRunner:
         if not feeds:
             return []
         try:
-            answer: list[Outcome] = self._worker.call(
-                ONNX_RUNTIME, self.path, feeds, optimize, first, timeout=self._timeout
-            )
+            ran: Ran = self.worker.call(ONNX_RUNTIME, self.path, feeds, optimize, first, timeout=self._timeout)
         except (Crashed, TimedOut, Raised) as error:
             if len(feeds) == 1:
                 return [_failure(error)]
@@ -103,7 +120,9 @@ class OnnxRunner:
             if isinstance(alone[0], Failure) and alone[0].kind in ("crashed", "timed out"):
                 return alone * len(feeds)  # it is the model, not the input
             return alone + self._each(feeds[1:], optimize, first)
-        return answer
+        self._loading = ran.loading or self._loading
+        self.seconds = self._loading + ran.running
+        return ran.outcomes
 
 
 class Float64Runner:
@@ -113,16 +132,17 @@ class Float64Runner:
         self.runtime = "the float64 evaluation"
         self.why = f"{runner.runtime} cannot run the original ({why})"
         self.inner = runner
+        self.seconds = 0.0
 
     def run(self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False) -> list[Outcome]:
         """See `Runner.run`."""
-        if not first:
-            return self.inner.truth(sets)[0]
+        started = time.perf_counter()
         outcomes: list[Outcome] = []
-        for values in sets:
-            outcomes += self.inner.truth([values])[0]
-            if not isinstance(outcomes[-1], Failure):
+        for some in [[values] for values in sets] if first else [sets]:
+            outcomes += self.inner.truth(some)[0]
+            if first and not isinstance(outcomes[-1], Failure):
                 break
+        self.seconds = time.perf_counter() - started
         return outcomes
 
     def truth(self, sets: Sequence[Feeds], nudges: Sequence[int | None] = (None,)) -> list[list[Outcome]]:
@@ -130,21 +150,30 @@ class Float64Runner:
         return self.inner.truth(sets, nudges)
 
 
-def run_onnx(path: str, sets: Sequence[Mapping[str, Any]], optimize: bool, first: bool) -> list[Outcome]:
-    """The outputs of the model at `path` in ONNX Runtime, one outcome for each set of inputs; see `Runner.run`."""
-    import onnxruntime as ort
+class Ran(NamedTuple):
+    """What came of a run: an outcome for each set of inputs, and the seconds of loading and running by themselves.
 
-    ort.set_default_logger_severity(4)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = (
-        ort.GraphOptimizationLevel.ORT_ENABLE_ALL if optimize else ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    )
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    loading: zero for a session that was kept.
+    """
+
+    outcomes: list[Outcome]
+    loading: float
+    running: float
+
+
+def run_onnx(path: str, sets: Sequence[Mapping[str, Any]], optimize: bool, first: bool) -> Ran:
+    """The outputs of the model at `path` in ONNX Runtime; see `Runner.run`.
+
+    The session is kept for the next call, until another model is run or `release` is called.
+    """
+    import onnxruntime  # noqa: F401  - before the clock starts
+
+    started = time.perf_counter()
     try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session, kept = _session(path, optimize)
     except Exception as error:
-        return [Failure("unsupported", first_line(error))] * len(sets)
+        return Ran([Failure("unsupported", first_line(error))] * len(sets), 0.0, 0.0)
+    loaded = time.perf_counter()
     bfloat16 = {value.name for value in session.get_inputs() if value.type == "tensor(bfloat16)"}
     outcomes: list[Outcome] = []
     for feeds in sets:
@@ -155,12 +184,34 @@ def run_onnx(path: str, sets: Sequence[Mapping[str, Any]], optimize: bool, first
             continue
         if first:
             break
-    return outcomes
+    return Ran(outcomes, 0.0 if kept else loaded - started, time.perf_counter() - loaded)
 
 
-def warm() -> None:
-    """Import what a run needs."""
-    import onnxruntime  # noqa: F401
+_sessions: dict[tuple[Any, ...], Any] = {}  # the last one, by what it was made from
+
+
+def _session(path: str, optimize: bool) -> tuple[Any, bool]:
+    """A session for the model, and whether it is that of the last call."""
+    import onnxruntime as ort
+
+    status = os.stat(path)
+    key = path, optimize, status.st_ino, status.st_mtime_ns, status.st_size
+    kept = key in _sessions
+    if not kept:
+        release()
+        ort.set_default_logger_severity(4)
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        _sessions[key] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return _sessions[key], kept
+
+
+def release() -> None:
+    """Give the memory of the last run back."""
+    _sessions.clear()
 
 
 def _fed(value: Any, bfloat16: bool) -> Any:

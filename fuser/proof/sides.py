@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from fuser import files
 from fuser.errors import InputError
 from fuser.isolate import Worker
 from fuser.proof import data, inputs
-from fuser.proof.float64_ops import is_float
 from fuser.proof.inputs import InputSet, Sizes, Spec
 from fuser.proof.interface import compare_onnx, public_inputs
 from fuser.proof.outcome import Failure
+from fuser.proof.rounding import is_float
 from fuser.proof.runners import Float64Runner, OnnxRunner, Runner, as_path
 
 _RANDOM = {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
@@ -46,11 +45,13 @@ class Side(Protocol):
     output_names: names of the outputs, in order.
     runner: how it is run.
     is_seeded: whether two models that draw alike draw the same numbers.
+    size: the elements of its constants.
     """
 
     output_names: list[str]
-    runner: Runner
+    runner: Any
     is_seeded: bool
+    size: int
 
     def is_random(self) -> bool:
         """Whether it draws random numbers."""
@@ -113,6 +114,7 @@ class OnnxSide:
         self.default_names = [value.name for value in graph.input if value.name not in set(self.input_names)]
         self._overridable: list[str] = []
         self.output_names = [value.name for value in graph.output]
+        self.size = sum(math.prod(tensor.dims) for tensor in graph.initializer)
         self.runner: Runner = OnnxRunner(path, [*self.input_names, *self.default_names], worker, timeout)
         self._dtypes = {
             value.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
@@ -175,17 +177,13 @@ class OnnxSide:
 
     def probe(self, seed: int) -> Probe:
         """See `Side.probe`.  A runtime that cannot run the model at all is replaced by the float64 evaluation."""
-        if isinstance(self.runner, OnnxRunner):
-            self.runner.warm()
         failure: Failure | None = None
         for specs, candidates in self._attempts():
             sets = [inputs.generate(specs, sizes, "normal", seed).values for sizes in candidates]
-            started = time.perf_counter()
             outcomes = self.runner.run(sets, first=True)
-            seconds = time.perf_counter() - started
             if not isinstance(outcomes[-1], Failure):
                 self._specs = specs
-                return Probe(candidates[len(outcomes) - 1], seconds)
+                return Probe(candidates[len(outcomes) - 1], self.runner.seconds)
             failure = outcomes[-1]
             if self.stand_in(failure):
                 return self.probe(seed)

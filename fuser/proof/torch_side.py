@@ -28,12 +28,16 @@ class TorchRunner:
 
     def __init__(self, module: torch.nn.Module, arguments: Arguments) -> None:
         self._module, self._arguments = module, arguments
+        self.seconds = 0.0
 
     def run(
         self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False, seed: int = 0
     ) -> list[Outcome]:
         """See `Runner.run`; torch has no optimizer of its own to switch.  seed: of what the module draws."""
-        return [self._run(self._module, values, seed=seed) for values in (sets[:1] if first else sets)]
+        started = time.perf_counter()
+        outcomes = [self._run(self._module, values, seed=seed) for values in (sets[:1] if first else sets)]
+        self.seconds = time.perf_counter() - started
+        return outcomes
 
     def truth(self, sets: Sequence[Feeds], nudges: Sequence[int | None] = (None,)) -> list[list[Outcome]]:
         """See `Runner.truth`."""
@@ -87,6 +91,7 @@ class TorchSide:
     """A module, a GraphModule or an ExportedProgram."""
 
     is_seeded = True
+    size = 0
 
     def __init__(self, model: torch.nn.Module | torch.export.ExportedProgram, arguments: Arguments) -> None:
         module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
@@ -144,9 +149,8 @@ class TorchSide:
 
     def probe(self, seed: int) -> Probe:
         """See `Side.probe`: the example inputs are known to fit."""
-        started = time.perf_counter()
         self.runner.run([self.arguments.examples])
-        return Probe({}, time.perf_counter() - started)
+        return Probe({}, self.runner.seconds)
 
     def more(self, sizes: Sizes, seed: int, number: int) -> list[InputSet]:
         """See `Side.more`: the examples, and others like them."""

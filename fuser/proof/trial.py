@@ -17,10 +17,9 @@ from typing import Any
 import numpy as np
 
 from fuser.proof.compare import BLIND, Array, Figures, Judge, Judgement, bit_identical, figures
-from fuser.proof.float64_ops import is_float
 from fuser.proof.inputs import InputSet
 from fuser.proof.outcome import Failure, Outcome
-from fuser.proof.rounding import roundoff, unit_roundoff
+from fuser.proof.rounding import is_float, roundoff, unit_roundoff
 from fuser.proof.sides import Side
 from fuser.proof.verification import Truth
 

@@ -31,8 +31,8 @@ class Verification:
     interface: what the interface has lost, one sentence each.
     sets: the input sets that were compared, in words.
     discarded: input sets that the original itself rejects.
-    seconds: wall time.
-    cost_ratio: seconds over what it takes to load and run the original once for each set.
+    seconds: wall time of the whole comparison, the start of processes included.
+    cost_ratio: `seconds` over what it takes to load the original once and run it once on each set.
     """
 
     verdict: Verdict
@@ -51,6 +51,13 @@ class Verification:
     def passed(self) -> bool:
         """Whether the models are equivalent."""
         return self.verdict == "equivalent"
+
+    @property
+    def cost(self) -> str:
+        """What the comparison cost, for a person."""
+        if not self.cost_ratio:
+            return f"{self.seconds:.1f} s"
+        return f"{self.seconds:.1f} s, {self.cost_ratio:.1f} times loading the original and running it on these inputs"
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in JSON's types."""
@@ -87,9 +94,7 @@ class Verification:
         if self.truth_note:
             lines.append(f"judged against the noise floor: {self.truth_note}")
         lines += [f"interface: {problem}" for problem in self.interface]
-        lines.append(
-            f"{self.seconds:.2f} s" + (f", {self.cost_ratio:.1f} times the inference" if self.cost_ratio else "")
-        )
+        lines.append(f"the check took {self.cost}")
         return Group(*([table] if self.outputs else []), *(Text(line) for line in lines))
 
 
