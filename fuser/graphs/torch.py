@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 
 from fuser.graph import Array, Dim, Reader, Summary
 from fuser.graphs.torch_calls import aten, bind, signature
+from fuser.graphs.torch_captured import CapturedCarrier
 from fuser.graphs.torch_carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
 from fuser.graphs.torch_constants import Constants
 from fuser.graphs.torch_copy import Copier
@@ -89,6 +90,11 @@ class TorchGraph:
         """An ExportedProgram, with its parameters as inputs of the graph."""
         return cls(ProgramCarrier(program))
 
+    @classmethod
+    def from_captured(cls, module: fx.GraphModule, known: Mapping[int, torch.Tensor | float]) -> TorchGraph:
+        """A graph of torch.compile, and what is known of its inputs; see `CapturedCarrier`."""
+        return cls(CapturedCarrier(module, known))
+
     def result(self) -> Any:
         """The edited model, of the kind that was given: a GraphModule or an ExportedProgram."""
         for scope in self._wiring.scopes.values():
@@ -154,7 +160,7 @@ class TorchGraph:
             return Missed("not-constant", f"{self.describe(value)} is not known before run time")
         if not is_readable(tensor):
             return Missed("not-constant", f"{self.describe(value)} has no numbers: it is a {_kind_of_tensor(tensor)}")
-        return to_array(tensor)
+        return to_array(self._constants.look_at(tensor))
 
     def shape(self, value: Value) -> tuple[Dim, ...] | None:
         if isinstance(value, Literal):
@@ -199,6 +205,10 @@ class TorchGraph:
             if tensor.is_floating_point() or tensor.is_complex():  # counters are not parameters
                 summary.parameters += tensor.numel()
         return summary
+
+    def constants_seen(self) -> list[torch.Tensor]:
+        """The parameters and buffers whose numbers somebody has asked for: what a rewrite may depend on."""
+        return list(self._constants.seen.values())
 
     # -- reading, for the dialects
 

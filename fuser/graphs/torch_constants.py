@@ -27,6 +27,7 @@ class Constants:
     origin: the tensor that a leaf stands for; for an operand of a `torch.cond` branch the node outside; None
         for everything else.
     module: the module that a call_module calls.
+    seen: the parameters and buffers whose numbers somebody has asked for, by identity.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Constants:
         self._origin = origin
         self._known: dict[fx.Node, bool] = {}
         self._written: set[int] = set()
+        self.seen: dict[int, torch.Tensor] = {}
         nodes = list(nodes)
         for node in nodes:
             self._known[node] = self._is_known(node)
@@ -102,9 +104,16 @@ class Constants:
                 pending.pop()
                 if isinstance(origin, fx.Node):
                     values[top] = values[origin]
+                elif origin is None:
+                    values[top] = _computed(top, values)
                 else:
-                    values[top] = _computed(top, values) if origin is None else origin
+                    values[top] = self.look_at(origin)
         return values[node]
+
+    def look_at(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor; from here on its numbers count as used."""
+        self.seen[id(tensor)] = tensor
+        return tensor
 
     def _tensor(self, leaf: fx.Node) -> torch.Tensor:
         tensor = self._origin(leaf)

@@ -1,0 +1,1 @@
+"""fuser inside other people's pipelines."""
