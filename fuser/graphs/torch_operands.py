@@ -98,8 +98,8 @@ class _Arguments:
         """A matrix product with a bias is another operator: `addmm`, or `linear` where there are batch axes."""
         node, (data, old) = self._node, factors(self._node)
         is_aten = isinstance(node.target, OpOverload)
-        added = self._constant(node, "bias", bias, None)
         if self._signature.name == "mm":
+            added = self._constant(node, "bias", bias, None)
             target: Any = aten.addmm.default if is_aten else torch.addmm
             new = old if weight is None else self._constant(node, "weight", weight, old)
             self._wiring.become(node, target, added, data, new)
