@@ -278,12 +278,12 @@ class KnownValues:
 
     def _unknown_shapes(self, tensors: Sequence[gs.Tensor]) -> dict[str, tuple[int, Shape]]:
         """Element types and shapes that only the values tell."""
-        found = {}
+        found: dict[str, tuple[int, Shape]] = {}
         for tensor in tensors:
             if not _is_proven(self._inferred_shape(tensor)):
                 with contextlib.suppress(CannotEvaluate, KeyError):
                     value = self.evaluate(tensor)
-                    found[tensor.name] = helper.np_dtype_to_tensor_dtype(value.dtype), tuple(value.shape)
+                    found[tensor.name] = int(helper.np_dtype_to_tensor_dtype(value.dtype)), value.shape
         return found
 
     def _inferred_shape(self, tensor: gs.Tensor) -> Shape | None:

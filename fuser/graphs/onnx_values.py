@@ -173,9 +173,7 @@ def infer_shapes(
         return model
 
 
-def _with_known(
-    model: ModelProto, values: Mapping[str, Array], shapes: Mapping[str, tuple[int, Shape]]
-) -> ModelProto:
+def _with_known(model: ModelProto, values: Mapping[str, Array], shapes: Mapping[str, tuple[int, Shape]]) -> ModelProto:
     """A copy that states them: Constant nodes in the place of nodes with one output, and value_info."""
     stated = ModelProto()
     stated.CopyFrom(model)

@@ -56,6 +56,7 @@ class Bounds(NamedTuple):
     def plus(self, axes: int) -> Bounds:
         return Bounds(max(self.low + axes, 0), self.high + axes)
 
+
 MAX_SWEEPS = 10
 """There and back over the nodes, until nothing new is learned: two or three sweeps, but for contrived graphs."""
 
