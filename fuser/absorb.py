@@ -161,7 +161,7 @@ class Walker:
                     return Missed("padding", f"{self.graph.describe(op)} averages over padding zeros, too")
                 return m
             case Reshape():
-                return self._through_reshape(op, self.graph.shape(op.output), self.graph.shape(op.input), m)
+                return self._through_reshape(op, op.output, op.input, m)
         return Missed("no-linear", f"{self.graph.describe(op)}, which feeds it, is not a linear operator")
 
     def _concat_after(self, op: Concat, m: Map, depth: int) -> Takes:
@@ -255,7 +255,7 @@ class Walker:
             case AveragePool():
                 return self._before(op, m)  # the channels stay where they are
             case Reshape():
-                return self._through_reshape(op, self.graph.shape(op.input), self.graph.shape(op.output), m)
+                return self._through_reshape(op, op.input, op.output, m)
         return Missed("no-linear", f"{self.graph.describe(op)}, which reads it, cannot take it")
 
     def _in_concat(self, value: Value, op: Concat, m: Map) -> Map | Missed:
@@ -388,18 +388,29 @@ class Walker:
         assert isinstance(op, Conv)
         return layout_of(op).outputs([int(dim) for dim in weight if dim is not None])
 
-    def _through_reshape(
-        self, op: Op, source: Sequence[Dim] | None, target: Sequence[Dim] | None, m: Map
-    ) -> Map | Missed:
-        """The map after a change of shape from `source` to `target`, where it is still one along an axis."""
+    def _through_reshape(self, op: Reshape, source: Value, target: Value, m: Map) -> Map | Missed:
+        """The map of `target` that is the map `m` of `source`, where it is still one along an axis."""
         if m.axis is None:
             return m
-        moved = None if source is None or target is None else moved_axis(source, target, m)
+        here, there = self.graph.shape(source), self.graph.shape(target)
+        moved = None if here is None or there is None else moved_axis(here, there, m)
+        if moved is None:
+            moved = self._kept_axis(op, source, target, m)
         if moved is None:
             return Missed(
                 "axis-mismatch", f"after {self.graph.describe(op)} it is not known to be a map along one axis"
             )
         return moved
+
+    def _kept_axis(self, op: Reshape, source: Value, target: Value, m: Map) -> Map | None:
+        """The map along an axis that the reshape leaves as it is; for that no sizes have to be known."""
+        assert m.axis is not None
+        if m.axis < op.front:
+            return m
+        here, there = self.graph.rank(source), self.graph.rank(target)
+        if here is None or there is None or m.axis < here - op.back:
+            return None
+        return m.along(m.axis - here + there)
 
 
 def element_readers(graph: Graph, value: Value) -> list[Reader]:

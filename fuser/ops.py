@@ -103,9 +103,14 @@ class Identity(Op):
 
 @dataclass(frozen=True, eq=False)
 class Reshape(Op):
-    """y has the elements of `input` in the same order in another shape: Flatten, Squeeze, Unsqueeze too."""
+    """y has the elements of `input` in the same order in another shape: Flatten, Squeeze, Unsqueeze too.
+
+    front, back: so many axes in front, and at the back, are sure to be those of the input, whatever the sizes are.
+    """
 
     input: Value
+    front: int = 0
+    back: int = 0
 
 
 @dataclass(frozen=True, eq=False)

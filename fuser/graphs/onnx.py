@@ -264,16 +264,21 @@ class OnnxGraph:
 
     def _freed(self, node: gs.Node) -> int:
         """How many elements of constants nobody reads any more once `node` is gone."""
-        freed, going = 0, [node]
-        while going:
-            for tensor in going.pop().inputs:
-                if tensor.is_empty() or len(self.wiring.uses(tensor)) != 1 or self.wiring.public(tensor):
+        freed, going, pending = 0, {id(node)}, [node]
+        counted: set[int] = set()
+        while pending:
+            for tensor in pending.pop().inputs:
+                if tensor.is_empty() or id(tensor) in counted or self.wiring.public(tensor):
                     continue
+                if not all(id(reader) in going for reader, _ in self.wiring.uses(tensor)):
+                    continue  # seen again with the next of its readers that goes
+                counted.add(id(tensor))
                 producer = self.producer(tensor)
-                if producer is not None and producer.op != "Constant":
-                    going.append(producer)
-                else:
+                if producer is None or producer.op == "Constant":
                     freed += elements(self.known.shape(tensor) or ()) or 0
+                elif all(output is tensor or not self.wiring.uses(output) for output in producer.outputs):
+                    going.add(id(producer))
+                    pending.append(producer)
         return freed
 
     def _dead_ops(self) -> Iterator[Dead]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, GraphProto, TensorProto
+from onnx import AttributeProto, GraphProto, TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
@@ -30,6 +30,10 @@ from fuser.remarks import Missed
 
 SMALL = 1 << 20
 """Computed values up to this many bytes are kept; larger ones are computed again when asked for."""
+
+
+MAX_SIZES = 64
+"""No operand that says a shape, axes or bounds has more elements."""
 
 
 class KnownValues:
@@ -56,6 +60,7 @@ class KnownValues:
                     self._known[id(tensor)] = tensor
         for node in wiring.order:
             self._classify(node)
+        self._infer_further()
 
     def add(self, tensor: gs.Tensor) -> None:
         """A new constant."""
@@ -216,13 +221,70 @@ class KnownValues:
             raise CannotEvaluate(f"{tensor.name!r} is sparse")
         return self._model.array(proto)
 
-    # -- types and shapes, inferred once, when first asked for
+    # -- types and shapes
 
     def _inferred(self) -> dict[int, tuple[int, Shape | None]]:
         if self._types is None:
             self._types = {}
             self._collect(self._wiring.scopes[0], infer_shapes(self._model.proto).graph)
         return self._types
+
+    def _infer_further(self) -> None:
+        """Infer shapes again with what was computed, until that tells nothing new.
+
+        Inference does not compute the operand of a Reshape; and behind one whose size is not known, a `Shape` is not
+        known before run time, nor is what is computed of it.
+        """
+        sizes: dict[str, Array] = {}
+        shapes: dict[str, tuple[int, Shape]] = {}
+        while self._has_unknown_shapes():
+            edge = [output for output in self._computed_edge() if output.name not in sizes | shapes]
+            new_sizes = {output.name: value for output in edge if (value := self._size(output)) is not None}
+            # What is no size is asked only when all sizes have told what they could: it may be large.
+            new_shapes = {} if new_sizes else self._unknown_shapes(edge)
+            if not new_sizes and not new_shapes:
+                return
+            sizes, shapes = sizes | new_sizes, shapes | new_shapes
+            self._collect(self._wiring.scopes[0], infer_shapes(self._model.proto, sizes, shapes).graph)
+            for node in self._wiring.order:
+                self._classify(node)
+
+    def _has_unknown_shapes(self) -> bool:
+        outputs = (output for node in self._wiring.order if not self.is_foldable(node) for output in node.outputs)
+        return any(not _is_proven(self._inferred_shape(output)) for output in outputs if not output.is_empty())
+
+    def _computed_edge(self) -> list[gs.Tensor]:
+        """What nodes of the main graph make of constants alone, and other nodes read."""
+        main = self._wiring.scopes[0]
+        return [
+            output
+            for node in self._wiring.order
+            if self._wiring.scope(node) is main and node.op != "Constant" and self.is_foldable(node)
+            for output in node.outputs
+            if any(not self.is_foldable(reader) for reader, _ in self._wiring.uses(output))
+        ]
+
+    def _size(self, tensor: gs.Tensor) -> Array | None:
+        """The value, where it can say a shape, axes or bounds: a few whole numbers."""
+        shape, element_type = self._inferred_shape(tensor), self.element_type(tensor)
+        if element_type not in (None, TensorProto.INT64, TensorProto.INT32):
+            return None
+        if shape is not None and (elements(shape) or 0) > MAX_SIZES:
+            return None
+        with contextlib.suppress(CannotEvaluate):
+            value = self.evaluate(tensor)
+            return value if value.dtype.kind == "i" and value.size <= MAX_SIZES else None
+        return None
+
+    def _unknown_shapes(self, tensors: Sequence[gs.Tensor]) -> dict[str, tuple[int, Shape]]:
+        """Element types and shapes that only the values tell."""
+        found: dict[str, tuple[int, Shape]] = {}
+        for tensor in tensors:
+            if not _is_proven(self._inferred_shape(tensor)):
+                with contextlib.suppress(CannotEvaluate, KeyError):
+                    value = self.evaluate(tensor)
+                    found[tensor.name] = int(helper.np_dtype_to_tensor_dtype(value.dtype)), value.shape
+        return found
 
     def _inferred_shape(self, tensor: gs.Tensor) -> Shape | None:
         return self._inferred().get(id(tensor), (0, None))[1]
@@ -236,6 +298,10 @@ class KnownValues:
         if len(bodies) == len(scope.children) and not scope.frozen:
             for child, body in zip(scope.children, bodies, strict=True):
                 self._collect(child, body)
+
+
+def _is_proven(shape: Shape | None) -> bool:
+    return shape is not None and None not in shape
 
 
 def tensor_proto(tensor: gs.Constant) -> TensorProto | None:

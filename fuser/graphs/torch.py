@@ -72,7 +72,7 @@ class TorchGraph:
         self._constants = Constants(self._wiring.order, self._wiring.origin, self._called)
         self._sites = name_sites(self._wiring.order, self._wiring.scopes, self._constants.is_known)
         unknown = [node for node in self._wiring.order if meta_tensor(node) is None]
-        self._facts = Facts(unknown, self._called, self._known_tensor)
+        self._facts = Facts(unknown, self._called, self._constants.described(unknown))
         self._module_tensors: dict[tuple[str, str], ModuleTensor] = {}
 
     @classmethod

@@ -96,15 +96,14 @@ class _Arguments:
 
     def _become_biased(self, bias: Array, weight: Array | None = None) -> None:
         """A matrix product with a bias is another operator: `addmm`, or `linear` where there are batch axes."""
-        node, (data, old) = self._node, factors(self._node)
-        is_aten = isinstance(node.target, OpOverload)
-        if self._signature.name == "mm":
-            added = self._constant(node, "bias", bias, None)
-            target: Any = aten.addmm.default if is_aten else torch.addmm
-            new = old if weight is None else self._constant(node, "weight", weight, old)
-            self._wiring.become(node, target, added, data, new)
-        else:
+        if self._signature.name != "mm":
             self._become_linear(weight, bias)
+            return
+        node, (data, old) = self._node, factors(self._node)
+        target: Any = aten.addmm.default if isinstance(node.target, OpOverload) else torch.addmm
+        added = self._constant(node, "bias", bias, None)
+        new = old if weight is None else self._constant(node, "weight", weight, old)
+        self._wiring.become(node, target, added, data, new)
 
     def _become_linear(self, weight: Array | None = None, bias: Array | None = None) -> None:
         """`linear` takes the matrix the other way round, once for the whole batch."""

@@ -254,6 +254,21 @@ def _reshape(call: Call) -> ops.Op:
     return ops.Reshape(call.node, call.node, call.required("self"))
 
 
+def _flatten(call: Call) -> ops.Op:
+    value = call.required("self")
+    front, back = _unflattened(call.static("start_dim"), call.static("end_dim"), call.graph.rank(value))
+    return ops.Reshape(call.node, call.node, value, front, back)
+
+
+def _unflattened(start: Any, end: Any, rank: int | None) -> tuple[int, int]:
+    """How many axes are in front of those that are flattened, and behind them, as far as is known."""
+    if start < 0:
+        start = 0 if rank is None else start + rank
+    if end >= 0:
+        return start, 0 if rank is None else max(rank - 1 - end, 0)
+    return start, -1 - end
+
+
 def _index(call: Call) -> ops.Op:
     """`x[:, :, None]`: an index that only adds axes."""
     index = call.static("index")
@@ -345,7 +360,8 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     "slice": (ops.Identity, _slice),
     "expand": (ops.Identity, _expand),
     **dict.fromkeys(("clone", "contiguous", "to", "_to_copy"), (ops.Identity, _copy)),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten"), (ops.Reshape, _reshape)),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "unflatten"), (ops.Reshape, _reshape)),
+    "flatten": (ops.Reshape, _flatten),
     **dict.fromkeys(("squeeze", "unsqueeze", "view_as", "reshape_as"), (ops.Reshape, _reshape)),
     "getitem": (ops.Reshape, _index),
     "permute": (ops.Transpose, _permute),
@@ -487,6 +503,11 @@ def _reshape_module(call: ModuleCall) -> ops.Op:
     return ops.Reshape(call.node, call.node, call.input, hooked=call.hooked)
 
 
+def _flatten_module(call: ModuleCall) -> ops.Op:
+    front, back = _unflattened(call.module.start_dim, call.module.end_dim, call.graph.rank(call.input))
+    return ops.Reshape(call.node, call.node, call.input, front, back, hooked=call.hooked)
+
+
 def _average_pool_module(call: ModuleCall) -> ops.Op:
     module = call.module
     padding = (module.padding,) if isinstance(module.padding, int) else module.padding
@@ -538,7 +559,7 @@ MODULE_READERS: dict[type[nn.Module], tuple[type[ops.Op], ModuleReader]] = {
     **dict.fromkeys(NORMS, (ops.BatchNorm, _batch_norm_module)),
     nn.Identity: (ops.Identity, _identity_module),
     **dict.fromkeys(DROPOUTS, (ops.Identity, _dropout_module)),
-    nn.Flatten: (ops.Reshape, _reshape_module),
+    nn.Flatten: (ops.Reshape, _flatten_module),
     nn.Unflatten: (ops.Reshape, _reshape_module),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), (ops.AveragePool, _average_pool_module)),
     **dict.fromkeys(
