@@ -130,6 +130,19 @@ class OnnxGraph:
     def is_stable(self, value: Value) -> bool:
         return True  # ONNX has values, not memory
 
+    def freed(self, value: Value) -> int:
+        freed, going = 0, [value]
+        while going:
+            tensor = going.pop()
+            if tensor.is_empty() or len(self.wiring.uses(tensor)) != 1 or self.wiring.public(tensor):
+                continue
+            producer = self.producer(tensor)
+            if producer is not None and producer.op != "Constant":
+                going += producer.inputs
+            else:
+                freed += elements(self.known.shape(tensor) or ()) or 0
+        return freed
+
     def describe(self, x: Op | Value) -> str:
         return self._node_name(x.node) if isinstance(x, Op) else repr(x.name)
 
@@ -179,10 +192,12 @@ class OnnxGraph:
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array) -> None:
+    def set_constants(self, op: Op, **arrays: Array | None) -> None:
         node: gs.Node = op.node
         for field, array in arrays.items():
-            if node.op == "MatMul" and field == "bias":
+            if array is None:
+                self.wiring.truncate_inputs(node, OPERANDS[node.op][field])  # what is optional comes last
+            elif node.op == "MatMul" and field == "bias":
                 self._set_matmul_bias(node, array)
             else:
                 self._set_operand(node, OPERANDS[node.op][field], field, array)
@@ -253,21 +268,8 @@ class OnnxGraph:
                 made = sum(self.known.evaluate(output).size for output in node.outputs if self.wiring.uses(output))
             except CannotEvaluate:
                 continue
-            yield Constant(node, node.outputs[0], elements_freed=self._freed(node), elements_made=made)
-
-    def _freed(self, node: gs.Node) -> int:
-        """How many elements of constants nobody reads any more once `node` is gone."""
-        freed, going = 0, [node]
-        while going:
-            for tensor in going.pop().inputs:
-                if tensor.is_empty() or len(self.wiring.uses(tensor)) != 1 or self.wiring.public(tensor):
-                    continue
-                producer = self.producer(tensor)
-                if producer is not None and producer.op != "Constant":
-                    going.append(producer)
-                else:
-                    freed += elements(self.known.shape(tensor) or ()) or 0
-        return freed
+            freed = sum(map(self.freed, node.inputs))
+            yield Constant(node, node.outputs[0], elements_freed=freed, elements_made=made)
 
     def _dead_ops(self) -> Iterator[Dead]:
         """From the end to the start, so that what feeds only dead nodes is dead when it is reached."""
