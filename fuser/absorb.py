@@ -41,6 +41,10 @@ MAX_SPREAD = 1 << 24
 """How many elements a map may be spread over to follow it through a change of shape."""
 
 
+MAX_COPY = 1 << 22
+"""How many elements a copy of a shared weight may have: more than a convolution's, less than a table of embeddings'."""
+
+
 @dataclass(frozen=True, eq=False)
 class Take:
     """A linear operator that can take `affine`: applied to its output, or else to its input."""
@@ -112,11 +116,14 @@ class Walker:
             edits += found
         for edit in edits:
             for field in edit.arrays.keys() & {"weight", "scale"}:
-                if len(self.graph.readers(getattr(edit.op, field))) < 2:
+                if self.graph.freed(getattr(edit.op, field)):
                     continue
                 if self.shared_weights == "refuse":
                     return shared_weights(self.graph, edit.op)
-                notes.append(f" (its own copy of a shared weight: {edit.arrays[field].nbytes:,} bytes)")
+                copy = f"its own copy of a shared weight: {edit.arrays[field].nbytes:,} bytes"
+                if edit.arrays[field].size > MAX_COPY:
+                    return Missed("grows", f"{self.graph.describe(edit.op)} would need {copy}")
+                notes.append(f" ({copy})")
         names = ", ".join(self.graph.describe(take.op) for take in takes)
         return Absorption(tuple(edits), f"into {names}{''.join(notes)}")
 
@@ -251,7 +258,7 @@ class Walker:
             case Identity():
                 return m
             case Transpose():
-                return m if m.axis is None else m.along(op.permutation.index(m.axis))
+                return m if m.axis is None else m.along(op.permutation.index(m.axis % len(op.permutation)))
             case AveragePool():
                 return self._before(op, m)  # the channels stay where they are
             case Reshape():
@@ -286,7 +293,7 @@ class Walker:
         return [Take(op, m.affine, after=False)]
 
     def _linear_before(self, op: Linear, m: Map) -> Takes:
-        if m.axis is not None:
+        if m.axis is not None and m.axis != op.in_axis:
             rank = self.graph.rank(op.input)
             if rank is None:
                 return _unknown_rank(self.graph.describe(op))
@@ -393,7 +400,7 @@ class Walker:
         if m.axis is None:
             return m
         here, there = self.graph.shape(source), self.graph.shape(target)
-        moved = None if here is None or there is None else moved_axis(here, there, m)
+        moved = None if here is None or there is None else moved_axis(here, there, m.along(m.axis % len(here)))
         if moved is None:
             moved = self._kept_axis(op, source, target, m)
         if moved is None:
@@ -405,6 +412,8 @@ class Walker:
     def _kept_axis(self, op: Reshape, source: Value, target: Value, m: Map) -> Map | None:
         """The map along an axis that the reshape leaves as it is; for that no sizes have to be known."""
         assert m.axis is not None
+        if m.axis < 0:
+            return m if op.back else None
         if m.axis < op.front:
             return m
         here, there = self.graph.rank(source), self.graph.rank(target)

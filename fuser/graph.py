@@ -93,6 +93,10 @@ class Graph(Protocol):
         """Whether every reader sees the same elements: nobody writes into the value, or into a view of it."""
         ...
 
+    def freed(self, value: Value) -> int:
+        """How many elements of stored constants nobody would read any more if one reader of `value` let go of it."""
+        ...
+
     def describe(self, x: Op | Value) -> str:
         """A name under which a person finds it in their model; unique within the model for an op."""
         ...
@@ -103,11 +107,11 @@ class Graph(Protocol):
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array) -> None:
+    def set_constants(self, op: Op, **arrays: Array | None) -> None:
         """Give this call site new constants, by the names of the op's fields (`weight`, `bias`, ...).
 
-        New names, and nobody else's change.  An absent operand is added.  A `Linear` is left with
-        alpha = beta = 1.  Each array has the dtype that is to be stored.
+        New names, and nobody else's change.  An absent operand is added, and None takes an optional one away.
+        A `Linear` is left with alpha = beta = 1.  Each array has the dtype that is to be stored.
         """
         ...
 

@@ -86,6 +86,22 @@ class BatchNorm(Op):
 
 
 @dataclass(frozen=True, eq=False)
+class Normalization(Op):
+    """y = n(input) * scale + bias, where n uses the statistics of the input itself: LayerNorm, RMSNorm, GroupNorm.
+
+    scale and bias are [C] along `axis`, or None where the layer has none.
+    axis: never negative, except for -1 where the number of axes is not known.
+    keeps_scale: the operator cannot be called without a scale.
+    """
+
+    input: Value
+    scale: Value | None
+    bias: Value | None
+    axis: int
+    keeps_scale: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Elementwise(Op):
     """y = left `function` right with the broadcasting of numpy; function is one of + - * /."""
 

@@ -1,4 +1,4 @@
-"""The specification of the fold, as nets: what each holds, and what has to be said of each BatchNorm in it.
+"""The specification, as nets: what each holds, and what the pass under test has to say of it.
 
 Every host (ONNX, traced, exported, lifted, decomposed) is held to the same table.
 """
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Case:
-    """A net, an input that it accepts, and the remarks of fold-batch-norm by code.
+    """A net, an input that it accepts, and the remarks of the pass under test by code.
 
     elsewhere: remarks on hosts that see more or less than the others; a host that cannot hold the net is
         given as None.
@@ -51,6 +51,9 @@ def lively(module: nn.Module) -> nn.Module:
                 with torch.no_grad():
                     layer.weight.normal_(generator=generator)
                     layer.bias.normal_(generator=generator)
+        elif isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+            for parameter in layer.parameters():
+                nn.init.normal_(parameter, generator=generator)
     return module.eval()
 
 
@@ -120,6 +123,38 @@ def shaped_like(shape: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Mo
 def channels_last_linear() -> nn.Module:
     return Net(
         lambda m, x: m.norm(m.linear(x).transpose(1, 2)).transpose(1, 2), linear=nn.Linear(4, 6), norm=nn.BatchNorm1d(6)
+    )
+
+
+def three_readers() -> nn.Module:
+    """The projections of attention."""
+    return Net(
+        lambda m, x: torch.softmax(m.q(y := m.norm(x)) @ m.k(y).transpose(1, 2), -1) @ m.v(y),
+        norm=nn.LayerNorm(6),
+        q=nn.Linear(6, 4),
+        k=nn.Linear(6, 4),
+        v=nn.Linear(6, 5),
+    )
+
+
+def normalized_residual() -> nn.Module:
+    return Net(lambda m, x: m.linear(y := m.norm(x)) + y, norm=nn.LayerNorm(6), linear=nn.Linear(6, 6))
+
+
+def channels_last_norm() -> nn.Module:
+    """The downsampling of a ConvNeXt: LayerNorm over the channels of [N, C, H, W], and a patch convolution."""
+    return Net(
+        lambda m, x: m.conv(m.norm(torch.relu(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+        norm=nn.LayerNorm(6),
+        conv=nn.Conv2d(6, 4, 2, stride=2),
+    )
+
+
+def tied_embedding() -> nn.Module:
+    """A language model whose head is its table of embeddings."""
+    head = nn.Linear(6, 9, bias=False)
+    return Net(
+        lambda m, x: m.head(m.norm(nn.functional.embedding(x.argmax(-1), m.head.weight))), norm=nn.RMSNorm(6), head=head
     )
 
 
@@ -207,3 +242,63 @@ CASES: dict[str, Case] = {
         {"Onnx": None, "Decomposed": {"axis-mismatch": 1}},  # decompositions unsqueeze, as the exporter does
     ),
 }
+
+RMS_NORM: dict[str, dict[str, int] | None] = {"Onnx": None, "Decomposed": {}}
+"""The exporter has none, and decomposed it is arithmetic: the business of fold-affine."""
+GROUP_NORM = {"Onnx": {}, "Traced": {"rank": 1}}
+
+NORMS: dict[str, Case] = {
+    "layer-norm": Case(lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 4)), (2, 5, 6), {"applied": 1}),
+    "no-shift": Case(  # the exporter writes zeros for the shift
+        lambda: nn.Sequential(nn.LayerNorm(6, bias=False), nn.Linear(6, 4, bias=False)), (2, 5, 6), {"applied": 1}
+    ),
+    "rms-norm": Case(
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.RMSNorm(6), nn.Linear(6, 4)), (2, 5, 6), {"applied": 1}, RMS_NORM
+    ),
+    "group-norm": Case(
+        lambda: nn.Sequential(nn.ReLU(), nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 1)),
+        (2, 6, 5, 5),
+        {"applied": 1},
+        GROUP_NORM,
+    ),
+    "two-blocks": Case(
+        lambda: nn.Sequential(
+            nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Dropout(), nn.LayerNorm(8), nn.Dropout(), nn.Linear(8, 4)
+        ),
+        (2, 5, 6),
+        {"applied": 2},
+    ),
+    "three-readers": Case(three_readers, (2, 5, 6), {"applied": 1}),
+    "channels-last": Case(channels_last_norm, (2, 6, 4, 4), {"applied": 1}),
+    "no-affine": Case(
+        lambda: nn.Sequential(nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 4)),
+        (2, 5, 6),
+        {},
+        {"Onnx": {"applied": 1}},
+    ),
+    "rows-flattened": Case(  # the last axis stays the last
+        lambda: nn.Sequential(nn.LayerNorm(6), nn.Flatten(0, 1), nn.Linear(6, 4)),
+        (2, 5, 6),
+        {"applied": 1},
+        {"Traced": {"axis-mismatch": 1}},
+    ),
+    "flattened-into-rows": Case(  # a map of six channels becomes one of thirty, where the sizes are known
+        lambda: nn.Sequential(nn.LayerNorm(6), nn.Flatten(1), nn.Linear(30, 4)),
+        (2, 5, 6),
+        {"applied": 1},
+        {"Traced": {"axis-mismatch": 1}},
+    ),
+    # -- refused
+    "residual": Case(normalized_residual, (2, 5, 6), {"no-linear": 1}),
+    "nothing-linear": Case(lambda: nn.Sequential(nn.LayerNorm(6), nn.GELU()), (2, 5, 6), {"no-linear": 1}),
+    "bare-product": Case(lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4, bias=False)), (2, 5, 6), {"grows": 1}),
+    "tied-embedding": Case(tied_embedding, (2, 5, 9), {"grows": 1}, RMS_NORM | {"Traced": {}}),
+    "padded": Case(
+        lambda: nn.Sequential(nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 3, padding=1)),
+        (2, 6, 5, 5),
+        {"padding": 1},
+        GROUP_NORM,
+    ),
+    "over-two-axes": Case(lambda: nn.Sequential(nn.LayerNorm((5, 6)), nn.Linear(6, 4)), (2, 5, 6), {}),
+}
+"""For fold-layer-norm."""

@@ -140,6 +140,10 @@ class OnnxGraph:
     def is_stable(self, value: Value) -> bool:
         return True  # ONNX has values, not memory
 
+    def freed(self, value: Value) -> int:
+        uses = self.wiring.uses(value)
+        return self._freed([value], uses[0][0]) if len(uses) == 1 else 0
+
     def describe(self, x: Op | Value) -> str:
         if not isinstance(x, Op):
             return repr(x.name)
@@ -191,10 +195,12 @@ class OnnxGraph:
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array) -> None:
+    def set_constants(self, op: Op, **arrays: Array | None) -> None:
         node: gs.Node = op.node
         for field, array in arrays.items():
-            if node.op == "MatMul" and field == "bias":
+            if array is None:
+                self.wiring.truncate_inputs(node, OPERANDS[node.op][field])  # what is optional comes last
+            elif node.op == "MatMul" and field == "bias":
                 self._set_matmul_bias(node, array)
             else:
                 self._set_operand(node, OPERANDS[node.op][field], field, array)
@@ -260,25 +266,25 @@ class OnnxGraph:
                 made = sum(self.known.evaluate(output).size for output in node.outputs if self.wiring.uses(output))
             except CannotEvaluate:
                 continue
-            yield Constant(node, node.outputs[0], elements_freed=self._freed(node), elements_made=made)
+            yield Constant(node, node.outputs[0], elements_freed=self._freed(node.inputs, node), elements_made=made)
 
-    def _freed(self, node: gs.Node) -> int:
-        """How many elements of constants nobody reads any more once `node` is gone."""
-        freed, going, pending = 0, {id(node)}, [node]
+    def _freed(self, tensors: Sequence[gs.Tensor], reader: gs.Node) -> int:
+        """How many elements of constants nobody reads any more once `reader` does not read `tensors`."""
+        freed, going, pending = 0, {id(reader)}, list(tensors)
         counted: set[int] = set()
         while pending:
-            for tensor in pending.pop().inputs:
-                if tensor.is_empty() or id(tensor) in counted or self.wiring.public(tensor):
-                    continue
-                if not all(id(reader) in going for reader, _ in self.wiring.uses(tensor)):
-                    continue  # seen again with the next of its readers that goes
-                counted.add(id(tensor))
-                producer = self.producer(tensor)
-                if producer is None or producer.op == "Constant":
-                    freed += elements(self.known.shape(tensor) or ()) or 0
-                elif all(output is tensor or not self.wiring.uses(output) for output in producer.outputs):
-                    going.add(id(producer))
-                    pending.append(producer)
+            tensor = pending.pop()
+            if tensor.is_empty() or id(tensor) in counted or self.wiring.public(tensor):
+                continue
+            if not all(id(user) in going for user, _ in self.wiring.uses(tensor)):
+                continue  # seen again with the next of its readers that goes
+            counted.add(id(tensor))
+            producer = self.producer(tensor)
+            if producer is None or producer.op == "Constant":
+                freed += elements(self.known.shape(tensor) or ()) or 0
+            elif all(output is tensor or not self.wiring.uses(output) for output in producer.outputs):
+                going.add(id(producer))
+                pending += producer.inputs
         return freed
 
     def _dead_ops(self) -> Iterator[Dead]:

@@ -26,6 +26,7 @@ OPERANDS: dict[str, dict[str, int]] = {
     "Gemm": {"weight": 1, "bias": 2},
     "MatMul": {"weight": 1},
     "BatchNormalization": {"scale": 1, "bias": 2, "mean": 3, "var": 4},
+    "LayerNormalization": {"bias": 2},
     "DequantizeLinear": {"scale": 1},
     "Add": {"left": 0, "right": 1},
     "Sub": {"left": 0, "right": 1},
@@ -198,6 +199,16 @@ def _batch_norm(n: NodeReader) -> ops.Op:
     )
 
 
+def _layer_norm(n: NodeReader) -> ops.Op:
+    """Over the last axis; the outputs that follow are statistics of the input, which no scale and bias change."""
+    value, axis = n.required(0), n.attribute("axis", -1)
+    rank = n.graph.rank(value)
+    if axis not in (-1, None if rank is None else rank - 1):
+        raise Unreadable
+    axis = -1 if rank is None else rank - 1
+    return ops.Normalization(n.node, n.output, value, n.required(1), n.input(2), axis, keeps_scale=True)
+
+
 def _dropout(n: NodeReader) -> ops.Op:
     if n.extra_outputs and any(n.graph.uses(mask) or n.graph.is_public(mask) for mask in n.extra_outputs):
         raise Unreadable
@@ -262,6 +273,7 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Gemm": (ops.Linear, _gemm),
     "MatMul": (ops.Linear, _matmul),
     "BatchNormalization": (ops.BatchNorm, _batch_norm),
+    "LayerNormalization": (ops.Normalization, _layer_norm),
     "Add": (ops.Elementwise, _elementwise),
     "Sub": (ops.Elementwise, _elementwise),
     "Mul": (ops.Elementwise, _elementwise),

@@ -191,6 +191,12 @@ class TorchGraph:
     def is_stable(self, value: Value) -> bool:
         return not isinstance(value, fx.Node) or not may_be_written(value, self._called)
 
+    def freed(self, value: Value) -> int:
+        tensor = self._tensor(value)
+        if tensor is not None:
+            return tensor.numel() if len(self.readers(value)) == 1 else 0
+        return self._freed(value) if isinstance(value, fx.Node) and len(value.users) == 1 else 0
+
     def describe(self, x: Op | Value) -> str:
         if isinstance(x, Op):
             return self._site(x.node)
@@ -298,7 +304,7 @@ class TorchGraph:
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array) -> None:
+    def set_constants(self, op: Op, **arrays: Array | None) -> None:
         set_operands(self, self._wiring, self._constants, op, arrays)
         self.edits += 1
 
@@ -366,7 +372,8 @@ class TorchGraph:
                 going.add(operand)
                 pending.append(operand)
                 tensor = self._wiring.origin(operand)
-                freed += tensor.numel() if isinstance(tensor, torch.Tensor) else 0
+                if isinstance(tensor, torch.Tensor) and len(self._wiring.sharers(tensor)) == 1:
+                    freed += tensor.numel()
         return freed
 
     def _dead_ops(self) -> Iterator[Dead]:

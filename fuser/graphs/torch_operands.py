@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,19 +38,25 @@ def factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     return data, weight
 
 
-def set_operands(graph: TorchGraph, wiring: Wiring, constants: Constants, op: Op, arrays: Mapping[str, Array]) -> None:
-    """Set new constants by the names of the op's fields; nobody else's change."""
+Arrays: TypeAlias = Mapping[str, Array | None]
+
+
+def set_operands(graph: TorchGraph, wiring: Wiring, constants: Constants, op: Op, arrays: Arrays) -> None:
+    """Set new constants by the names of the op's fields, or take them away; nobody else's change."""
     if op.node.op == "call_module":
         _call_own_module(wiring, op, arrays)
     else:
-        _Arguments(graph, wiring, constants, op).set(dict(arrays))
+        _Arguments(graph, wiring, constants, op).set(arrays)
 
 
-def _call_own_module(wiring: Wiring, op: Op, arrays: Mapping[str, Array]) -> None:
+def _call_own_module(wiring: Wiring, op: Op, arrays: Arrays) -> None:
     old = cast(nn.Module, wiring.called(op.node))
     own = shallow(old)
     for field, array in arrays.items():
         name = MODULE_OPERANDS[type(op)][field]
+        if array is None:
+            own._parameters[name] = None
+            continue
         like = getattr(old, name, None)
         if not isinstance(like, torch.Tensor):
             like = next(chain(old.parameters(), old.buffers()))
@@ -59,6 +65,9 @@ def _call_own_module(wiring: Wiring, op: Op, arrays: Mapping[str, Array]) -> Non
             own._buffers[name] = tensor
         else:
             own._parameters[name] = nn.Parameter(tensor, requires_grad=like.requires_grad)
+    for name in ("elementwise_affine", "affine"):  # what a normalization says of itself
+        if hasattr(own, name) and getattr(own, "weight", None) is None:
+            setattr(own, name, False)
     wiring.call_own(op.node, own)
 
 
@@ -72,7 +81,10 @@ class _Arguments:
         self._is_product = self._signature.name in ("mm", "matmul")
         self._bias = graph.bias_add(self._node) if self._is_product else None
 
-    def set(self, arrays: dict[str, Array]) -> None:
+    def set(self, given: Arrays) -> None:
+        arrays = {field: array for field, array in given.items() if array is not None}
+        for field in given.keys() - arrays.keys():
+            self._take_away(OPERANDS[self._signature.name][field])
         if self._signature.name == "bmm":
             self._become_linear(**arrays)
             return
@@ -93,6 +105,11 @@ class _Arguments:
         if self._signature.name == "addmm":
             kept = {name: value for name, value in self._node.kwargs.items() if name not in ("alpha", "beta")}
             self._node.kwargs = kept
+
+    def _take_away(self, name: str) -> None:
+        old = _arguments(self._node)[name]
+        write(self._node, self._signature, name, None)
+        self._wiring.loosen(old)
 
     def _become_biased(self, bias: Array, weight: Array | None = None) -> None:
         """A matrix product with a bias is another operator: `addmm`, or `linear` where there are batch axes."""

@@ -201,6 +201,31 @@ def _batch_norm(call: Call) -> ops.Op:
     )
 
 
+def _layer_norm(call: Call) -> ops.Op:
+    """Over the last axis.  An RMSNorm promotes, so its scale has to be of the type of its input."""
+    value, scale, sizes = call.required("input"), call.value("weight"), call.static("normalized_shape")
+    promotes = "rms" in call.name and scale is not None and call.graph.dtype(value) != call.graph.dtype(scale)
+    if promotes or (not isinstance(sizes, int) and len(sizes) != 1):
+        raise Unreadable
+    return ops.Normalization(
+        call.node, _only_output(call), value, scale, call.value("bias"), _last_axis(call.graph.rank(value))
+    )
+
+
+def _group_norm(call: Call) -> ops.Op:
+    value = call.required("input")
+    return ops.Normalization(call.node, _only_output(call), value, call.value("weight"), call.value("bias"), axis=1)
+
+
+def _only_output(call: Call) -> fx.Node:
+    """The normalized values; what may follow are statistics of the input, which no scale and bias change."""
+    return call.graph.first_output(call.node, alone=False) if call.name in SEVERAL_OUTPUTS else call.node
+
+
+def _last_axis(rank: int | None) -> int:
+    return -1 if rank is None else rank - 1
+
+
 def _elementwise(call: Call) -> ops.Op:
     """Type promotion is not part of the vocabulary, so every operand must be of the type of the result."""
     if call.static("alpha", 1) != 1 or call.arguments.get("rounding_mode") not in (None, REQUIRED):
@@ -353,6 +378,8 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     "_native_batch_norm_legit_functional": (ops.BatchNorm, _batch_norm),
     "_batch_norm_no_update": (ops.BatchNorm, _batch_norm),
     "_batch_norm_with_update": (ops.BatchNorm, _batch_norm),
+    **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm"), (ops.Normalization, _layer_norm)),
+    **dict.fromkeys(("group_norm", "native_group_norm"), (ops.Normalization, _group_norm)),
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div"), (ops.Elementwise, _elementwise)),
     **dict.fromkeys(("add_", "sub_", "mul_", "div_"), (ops.Elementwise, _elementwise)),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), (ops.Identity, _dropout)),
@@ -380,16 +407,19 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
 """ATen operator -> the kind of op it reads as, and its reader."""
 
 SEVERAL_OUTPUTS = frozenset(
-    name for name, (kind, _) in READERS.items() if kind is ops.BatchNorm and name != "batch_norm"
+    [name for name, (kind, _) in READERS.items() if kind is ops.BatchNorm and name != "batch_norm"]
+    + ["native_layer_norm", "native_group_norm"]
 )
 """Operators that return a tuple; the vocabulary's output is its first element."""
 
 _ALWAYS_TRAINING = frozenset({"_batch_norm_with_update"})
 
 _STATISTICS = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_AFFINE = {"scale": "weight", "bias": "bias"}
 _BINARY = {"left": "self", "right": "other"}
 OPERANDS: dict[str, dict[str, str]] = {
     **{name: _STATISTICS for name, (kind, _) in READERS.items() if kind is ops.BatchNorm},
+    **{name: _AFFINE for name, (kind, _) in READERS.items() if kind is ops.Normalization},
     **{name: _BINARY for name, (kind, _) in READERS.items() if kind is ops.Elementwise},
     **{name: {"weight": "weight", "bias": "bias"} for name, (kind, _) in READERS.items() if kind is ops.Conv},
     "linear": {"weight": "weight", "bias": "bias"},
@@ -489,6 +519,22 @@ def _batch_norm_module(call: ModuleCall) -> ops.Op:
     )
 
 
+def _layer_norm_module(call: ModuleCall) -> ops.Op:
+    """Over the last axis.  An RMSNorm promotes, so its scale has to be of the type of its input."""
+    module, scale = call.module, call.tensor("weight")
+    promoting = isinstance(module, nn.RMSNorm) and scale is not None
+    if (promoting and call.graph.dtype(call.input) != module.weight.dtype) or len(module.normalized_shape) != 1:
+        raise Unreadable
+    axis = _last_axis(call.graph.rank(call.input))
+    return ops.Normalization(call.node, call.node, call.input, scale, call.tensor("bias"), axis, hooked=call.hooked)
+
+
+def _group_norm_module(call: ModuleCall) -> ops.Op:
+    return ops.Normalization(
+        call.node, call.node, call.input, call.tensor("weight"), call.tensor("bias"), axis=1, hooked=call.hooked
+    )
+
+
 def _identity_module(call: ModuleCall) -> ops.Op:
     return ops.Identity(call.node, call.node, call.input, hooked=call.hooked)
 
@@ -557,6 +603,8 @@ MODULE_READERS: dict[type[nn.Module], tuple[type[ops.Op], ModuleReader]] = {
     **dict.fromkeys(CONVS, (ops.Conv, _conv_module)),
     nn.Linear: (ops.Linear, _linear_module),
     **dict.fromkeys(NORMS, (ops.BatchNorm, _batch_norm_module)),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), (ops.Normalization, _layer_norm_module)),
+    nn.GroupNorm: (ops.Normalization, _group_norm_module),
     nn.Identity: (ops.Identity, _identity_module),
     **dict.fromkeys(DROPOUTS, (ops.Identity, _dropout_module)),
     nn.Flatten: (ops.Reshape, _flatten_module),
@@ -581,5 +629,6 @@ MODULE_OPERANDS: dict[type[ops.Op], dict[str, str]] = {
     ops.Conv: {"weight": "weight", "bias": "bias"},
     ops.Linear: {"weight": "weight", "bias": "bias"},
     ops.BatchNorm: _STATISTICS,
+    ops.Normalization: _AFFINE,
 }
 """Kind of op -> field -> attribute of the module."""
