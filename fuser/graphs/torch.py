@@ -50,6 +50,7 @@ from fuser.graphs.torch_readers import (
 from fuser.graphs.torch_tracing import trace
 from fuser.graphs.torch_values import is_readable, to_array
 from fuser.graphs.torch_wiring import Wiring
+from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
 from fuser.ops import Constant, Dead, Duplicate, Identity, Op, Reshape, Value
 from fuser.remarks import Missed
 
@@ -111,8 +112,9 @@ class TorchGraph:
         elif kind is Duplicate:
             yield from cast(Iterator[O], self._duplicate_ops())
         else:
+            kinds = (kind, *MAY_CHANGE_NOTHING) if kind is Identity else kind
             for node in self._wiring.alive():
-                if self._constants.is_known(node) or not issubclass(self._kind(node), kind):
+                if self._constants.is_known(node) or not issubclass(self._kind(node), kinds):
                     continue
                 op = self.read(node)
                 if isinstance(op, kind) and op.node is node:
@@ -120,6 +122,11 @@ class TorchGraph:
 
     def read(self, node: fx.Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
+        op = self._read(node)
+        value = None if op is None else handed_on(self, op)
+        return op if op is None or value is None else Identity(op.node, op.output, value, hooked=op.hooked)
+
+    def _read(self, node: fx.Node) -> Op | None:
         try:
             if (module := self._called(node)) is not None:
                 entry = MODULE_READERS.get(module_class(module))
