@@ -240,14 +240,6 @@ def _slice(call: Call) -> ops.Op:
     return _alias(call) if end is None or end == 2**63 - 1 else _expand(call)
 
 
-def _expand(call: Call) -> ops.Op:
-    """Where it comes out as large as it goes in."""
-    shape = call.graph.shape(call.required("self"))
-    if shape is None or shape != call.graph.shape(call.node):
-        raise Unreadable
-    return _alias(call)
-
-
 def _copy(call: Call) -> ops.Op:
     """A copy into the same layout; whether the two may be one is asked when it is replaced."""
     value = call.required("self")
