@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import GraphProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from fuser import costs
 from fuser.files import ModelFile
 from fuser.graph import Array, Reader, Summary
 from fuser.graphs import onnx_carrier
@@ -37,6 +38,12 @@ from fuser.ops import Constant, Dead, Duplicate, DuplicateConstant, Identity, Op
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
+
+_COUNTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+_NOT_COUNTED = frozenset(
+    "LSTM GRU RNN Einsum Attention DeformConv ConvInteger MatMulInteger QLinearConv QLinearMatMul".split()
+)
+"""What multiplies and adds in ways that are not counted."""
 
 FORMAL_INPUTS_BEFORE_IR = 4
 """Before IR 4 every initializer had to be listed as an input; it was a formality, and nobody replaced them."""
@@ -167,7 +174,26 @@ class OnnxGraph:
             summary.bytes += count * dtype.itemsize
             if dtype.kind not in "biuOSU":  # shapes and indices are not parameters
                 summary.parameters += count
+        summary.multiply_adds = self._multiply_adds(alive)
         return summary
+
+    def _multiply_adds(self, nodes: Sequence[gs.Node]) -> int | None:
+        inputs = (self.known.shape(tensor) for tensor in self.wiring.editor.inputs)
+        batch = {shape[0] for shape in inputs if shape and isinstance(shape[0], str)}
+        total = 0
+        for node in nodes:
+            if not is_standard(node) or node.op in _NOT_COUNTED:
+                return None
+            if node.op not in _COUNTED:
+                continue
+            x, w, y = (costs.per_sample(self.known.shape(t), batch) for t in (*node.inputs[:2], node.outputs[0]))
+            if x is None or w is None or y is None or self.wiring.scope(node) is not self.wiring.scopes[0]:
+                return None
+            if node.op.startswith("Conv"):
+                total += costs.conv(x, w, y, transposed=node.op == "ConvTranspose")
+            else:
+                total += costs.product(x, y, axis=0 if node.attrs.get("transA") else -1)
+        return total
 
     # -- reading, for the dialect
 

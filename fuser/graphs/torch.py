@@ -22,6 +22,7 @@ from fuser.graphs.torch_captured import CapturedCarrier
 from fuser.graphs.torch_carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
 from fuser.graphs.torch_constants import Constants
 from fuser.graphs.torch_copy import Copier
+from fuser.graphs.torch_costs import multiply_adds
 from fuser.graphs.torch_duplicates import duplicate_nodes
 from fuser.graphs.torch_facts import Facts, common_dtype
 from fuser.graphs.torch_meta import TensorLike, Values, have_one_layout, meta_tensor
@@ -211,6 +212,7 @@ class TorchGraph:
             summary.bytes += tensor.numel() * tensor.element_size()
             if tensor.is_floating_point() or tensor.is_complex():  # counters are not parameters
                 summary.parameters += tensor.numel()
+        summary.multiply_adds = multiply_adds(self, self._wiring)
         return summary
 
     def constants_seen(self) -> list[torch.Tensor]:
@@ -229,6 +231,10 @@ class TorchGraph:
     def common_dtype(self, left: Any, right: Any) -> torch.dtype | None:
         """The floating type of two operands, one of which may be a number, if torch promotes neither."""
         return common_dtype(left, right, self.dtype, self.rank)
+
+    def called(self, node: fx.Node) -> nn.Module | None:
+        """The module that a call_module calls."""
+        return self._called(node)
 
     def is_known(self, value: fx.Node) -> bool:
         """Whether the value is known before run time."""
