@@ -203,6 +203,7 @@ def explain(
         return
     for remark in (*story.applied, *story.missed):
         print(remark)
+    out.print(story.change_table())
     print(f"{len(story.applied)} would be applied, {len(story.missed)} missed; nothing was written")
 
 

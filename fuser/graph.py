@@ -37,11 +37,16 @@ class Reader(NamedTuple):
 @dataclass
 class Summary:
     """What a graph is made of.  `ops` counts node types under the names its users know; `bytes` counts the
-    constants as they are stored, each shared tensor once."""
+    constants as they are stored, each shared tensor once.
+
+    multiply_adds: of one inference, in convolutions and matrix products; a dynamic first axis of an input counts as
+        one sample.  None where another size is not known, and where an operator may run many times or never.
+    """
 
     ops: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
     bytes: int = 0
+    multiply_adds: int | None = None
 
 
 class Graph(Protocol):

@@ -112,28 +112,35 @@ class Elementwise(Op):
 
 @dataclass(frozen=True, eq=False)
 class Identity(Op):
-    """y = input: Identity, Dropout in eval mode, a Cast to the type it has."""
+    """y = input: Identity, Dropout in eval mode, a Cast to the type it has, x * 1, a Reshape to the same shape."""
 
     input: Value
 
 
 @dataclass(frozen=True, eq=False)
-class Reshape(Op):
+class Movement(Op):
+    """y has each element of `input` once; nothing is computed."""
+
+    input: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Reshape(Movement):
     """y has the elements of `input` in the same order in another shape: Flatten, Squeeze, Unsqueeze too.
 
     front, back: so many axes in front, and at the back, are sure to be those of the input, whatever the sizes are.
+    absolute: the shape of y does not depend on that of `input`, but for its number of elements.
     """
 
-    input: Value
     front: int = 0
     back: int = 0
+    absolute: bool = False
 
 
 @dataclass(frozen=True, eq=False)
-class Transpose(Op):
+class Transpose(Movement):
     """Axis i of y is axis permutation[i] of `input`."""
 
-    input: Value
     permutation: tuple[int, ...]
 
 

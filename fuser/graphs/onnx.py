@@ -15,6 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx import GraphProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from fuser import costs
 from fuser.files import ModelFile
 from fuser.graph import Array, Reader, Summary
 from fuser.graphs import onnx_carrier
@@ -32,10 +33,17 @@ from fuser.graphs.onnx_readers import (
 )
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
-from fuser.ops import Constant, Dead, Duplicate, DuplicateConstant, Op, Value
+from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
+from fuser.ops import Constant, Dead, Duplicate, DuplicateConstant, Identity, Op, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
+
+_COUNTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+_NOT_COUNTED = frozenset(
+    "LSTM GRU RNN Einsum Attention DeformConv ConvInteger MatMulInteger QLinearConv QLinearMatMul".split()
+)
+"""What multiplies and adds in ways that are not counted."""
 
 FORMAL_INPUTS_BEFORE_IR = 4
 """Before IR 4 every initializer had to be listed as an input; it was a formality, and nobody replaced them."""
@@ -84,7 +92,8 @@ class OnnxGraph:
             for constant, twin in self._duplicate_constants:
                 yield DuplicateConstant(self.producer(constant), constant, twin)  # type: ignore[misc]
         else:
-            operators = {operator for operator, (produced, _) in READERS.items() if issubclass(produced, kind)}
+            kinds = (kind, *MAY_CHANGE_NOTHING) if kind is Identity else kind
+            operators = {operator for operator, (produced, _) in READERS.items() if issubclass(produced, kinds)}
             for node in self.wiring.order:
                 if node.op not in operators or self.wiring.is_erased(node) or self.known.is_foldable(node):
                     continue
@@ -98,9 +107,11 @@ class OnnxGraph:
         if not is_standard(node) or node.op not in READERS or scope.opset < OLDEST_OPSET or scope.frozen:
             return None
         try:
-            return READERS[node.op][1](NodeReader(self, node, scope.opset))
+            op = READERS[node.op][1](NodeReader(self, node, scope.opset))
         except Unreadable:
             return None
+        value = handed_on(self, op)
+        return op if value is None else Identity(op.node, op.output, value)
 
     def op_producing(self, value: Value) -> Op | None:
         node = self.producer(value)
@@ -167,7 +178,26 @@ class OnnxGraph:
             summary.bytes += count * dtype.itemsize
             if dtype.kind not in "biuOSU":  # shapes and indices are not parameters
                 summary.parameters += count
+        summary.multiply_adds = self._multiply_adds(alive)
         return summary
+
+    def _multiply_adds(self, nodes: Sequence[gs.Node]) -> int | None:
+        inputs = (self.known.shape(tensor) for tensor in self.wiring.editor.inputs)
+        batch = {shape[0] for shape in inputs if shape and isinstance(shape[0], str)}
+        total = 0
+        for node in nodes:
+            if not is_standard(node) or node.op in _NOT_COUNTED:
+                return None
+            if node.op not in _COUNTED:
+                continue
+            x, w, y = (costs.per_sample(self.known.shape(t), batch) for t in (*node.inputs[:2], node.outputs[0]))
+            if x is None or w is None or y is None or self.wiring.scope(node) is not self.wiring.scopes[0]:
+                return None
+            if node.op.startswith("Conv"):
+                total += costs.conv(x, w, y, transposed=node.op == "ConvTranspose")
+            else:
+                total += costs.product(x, y, axis=0 if node.attrs.get("transA") else -1)
+        return total
 
     # -- reading, for the dialect
 
@@ -230,7 +260,9 @@ class OnnxGraph:
             uses = self.wiring.uses(output)
             if not uses:
                 continue
-            constant = self._new_constant(self.wiring.scope(node), output.name, self.known.evaluate(output), node)
+            value = self.known.evaluate(output) if output in self.known else self.known.reshape_target(output)
+            assert value is not None  # otherwise it is no `Constant`
+            constant = self._new_constant(self.wiring.scope(node), output.name, value, node)
             for reader, position in uses:
                 self.wiring.set_input(reader, position, constant)
         self.wiring.erase(node)
@@ -255,9 +287,13 @@ class OnnxGraph:
     def _constant_ops(self) -> Iterator[Constant]:
         """Nodes whose outputs are known, at the edge: what only feeds others of their kind goes with them."""
         for node in self.wiring.order:
-            if node.op == "Constant" or self.wiring.is_erased(node) or not self.known.is_foldable(node):
+            if self.wiring.is_erased(node) or any(self.wiring.public(output) for output in node.outputs):
                 continue
-            if any(self.wiring.public(output) for output in node.outputs):
+            if (target := self._only_a_target(node)) is not None:
+                yield Constant(node, node.outputs[0], elements_freed=0, elements_made=target.size)
+            if self.wiring.is_erased(node) or not self.known.is_foldable(node):
+                continue
+            if node.op == "Constant" and not self._holds_initializers(self.wiring.scope(node)):
                 continue
             readers = [reader for output in node.outputs for reader, _ in self.wiring.uses(output)]
             if all(self.known.is_foldable(reader) for reader in readers):
@@ -266,7 +302,20 @@ class OnnxGraph:
                 made = sum(self.known.evaluate(output).size for output in node.outputs if self.wiring.uses(output))
             except CannotEvaluate:
                 continue
-            yield Constant(node, node.outputs[0], elements_freed=self._freed(node.inputs, node), elements_made=made)
+            freed = made if node.op == "Constant" else self._freed(node.inputs, node)
+            yield Constant(node, node.outputs[0], elements_freed=freed, elements_made=made)
+
+    def _only_a_target(self, node: gs.Node) -> Array | None:
+        """What the node makes where only Reshapes read it, as their target: one size need not be known."""
+        output = node.outputs[0] if len(node.outputs) == 1 else None
+        if output is None or output in self.known:
+            return None
+        uses = self.wiring.uses(output)
+        are_targets = (
+            reader.op == "Reshape" and position == 1 and is_standard(reader) and not reader.attrs.get("allowzero")
+            for reader, position in uses
+        )
+        return self.known.reshape_target(output) if uses and all(are_targets) else None
 
     def _freed(self, tensors: Sequence[gs.Tensor], reader: gs.Node) -> int:
         """How many elements of constants nobody reads any more once `reader` does not read `tensors`."""
@@ -360,7 +409,7 @@ class OnnxGraph:
         name = self._fresh(base.removesuffix("_folded") + "_folded")
         tensor = gs.Constant(name, LazyValues(self._model.tensor(name, array)))
         scope.changed = True
-        if not scope.in_function and (self._ir_version >= FORMAL_INPUTS_BEFORE_IR or scope.parent is None):
+        if self._holds_initializers(scope):
             scope.new_constants.append(tensor)
             self.wiring.adopt(scope, tensor)
             self.known.add(tensor)
@@ -372,6 +421,9 @@ class OnnxGraph:
         self.wiring.adopt(scope, output)
         self.known.add(output)
         return output
+
+    def _holds_initializers(self, scope: Scope) -> bool:
+        return not scope.in_function and (self._ir_version >= FORMAL_INPUTS_BEFORE_IR or scope.parent is None)
 
     def _fresh(self, name: str) -> str:
         candidate, number = name, 1

@@ -14,6 +14,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from fuser.files import ModelFile
 from fuser.graph import Array
 from fuser.graphs.onnx_readers import OLDEST_OPSET
+from fuser.graphs.onnx_sizes import MAX_SIZES, SizeArithmetic
 from fuser.graphs.onnx_values import (
     EVALUABLE,
     CannotEvaluate,
@@ -52,6 +53,8 @@ class KnownValues:
         self.overridable: dict[int, gs.Tensor] = {}
         self._values: dict[int, Array] = {}
         self._types: dict[int, tuple[int, Shape | None]] | None = None
+        self._sizes = SizeArithmetic(self.shape, self._small)
+        self._sized: dict[int, gs.Node] = {}
         for scope in wiring.scopes:
             for tensor in scope.names.values():
                 if scope is wiring.scopes[0] and tensor.name in overridable and not frozen:
@@ -92,6 +95,8 @@ class KnownValues:
 
     def is_foldable(self, node: gs.Node) -> bool:
         """Whether all that the node makes is known: its inputs are, and it does the same every time."""
+        if id(node) in self._sized:
+            return True
         scope = self._wiring.scope(node)
         if not is_standard(node) or scope.frozen or scope.opset < OLDEST_OPSET:
             return False
@@ -162,6 +167,47 @@ class KnownValues:
             self._quantized.update((id(output), output) for output in node.outputs)
         elif self.is_foldable(node):
             self._known.update((id(output), output) for output in node.outputs)
+        elif is_standard(node) and not self._wiring.scope(node).frozen and not has_references(node):
+            self._classify_sizes(node)
+
+    def _classify_sizes(self, node: gs.Node) -> None:
+        """Sizes may be known where not all of the shape is that they are taken from."""
+        sizes = self._sizes.visit(node)
+        if sizes is None or not all(isinstance(size, int) for size in sizes.flat):
+            return
+        element_type = self.element_type(node.outputs[0])
+        dtype = None if element_type is None else numpy_dtype(element_type)
+        if dtype is None or dtype.kind not in "ib":
+            return
+        with contextlib.suppress(OverflowError):
+            array = sizes.astype(dtype)
+            array.flags.writeable = False
+            self._known[id(node.outputs[0])] = node.outputs[0]
+            self._values[id(node.outputs[0])] = array
+            self._sized[id(node)] = node
+
+    def reshape_target(self, tensor: gs.Tensor) -> Array | None:
+        """What a Reshape may be given for `tensor`: sizes that are known but for one, which the number of elements
+        tells.  None where there are more, or a 0 or -1 that says something else."""
+        sizes = self._sizes.of(tensor)
+        if sizes is None or sizes.ndim != 1:
+            return None
+        known = [size for size in sizes if isinstance(size, int)]
+        if len(known) != sizes.size - 1 or not all(size > 0 for size in known):
+            return None
+        return np.array([size if isinstance(size, int) else -1 for size in sizes], np.int64)
+
+    def _small(self, tensor: gs.Tensor) -> Array | None:
+        """The value of a small constant."""
+        if tensor not in self:
+            return None
+        shape = self.shape(tensor)
+        count = None if shape is None else elements(shape)
+        if count is None or count > MAX_SIZES:
+            return None
+        with contextlib.suppress(CannotEvaluate):
+            return self.evaluate(tensor)
+        return None
 
     def _is_quantized(self, node: gs.Node) -> bool:
         given = [tensor for tensor in node.inputs if not tensor.is_empty()]

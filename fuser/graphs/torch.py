@@ -22,6 +22,7 @@ from fuser.graphs.torch_captured import CapturedCarrier
 from fuser.graphs.torch_carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
 from fuser.graphs.torch_constants import Constants
 from fuser.graphs.torch_copy import Copier
+from fuser.graphs.torch_costs import multiply_adds
 from fuser.graphs.torch_duplicates import duplicate_nodes
 from fuser.graphs.torch_facts import Facts, common_dtype
 from fuser.graphs.torch_meta import TensorLike, Values, have_one_layout, meta_tensor
@@ -50,6 +51,7 @@ from fuser.graphs.torch_readers import (
 from fuser.graphs.torch_tracing import trace
 from fuser.graphs.torch_values import is_readable, to_array
 from fuser.graphs.torch_wiring import Wiring
+from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
 from fuser.ops import Constant, Dead, Duplicate, Identity, Op, Reshape, Value
 from fuser.remarks import Missed
 
@@ -111,8 +113,9 @@ class TorchGraph:
         elif kind is Duplicate:
             yield from cast(Iterator[O], self._duplicate_ops())
         else:
+            kinds = (kind, *MAY_CHANGE_NOTHING) if kind is Identity else kind
             for node in self._wiring.alive():
-                if self._constants.is_known(node) or not issubclass(self._kind(node), kind):
+                if self._constants.is_known(node) or not issubclass(self._kind(node), kinds):
                     continue
                 op = self.read(node)
                 if isinstance(op, kind) and op.node is node:
@@ -120,6 +123,11 @@ class TorchGraph:
 
     def read(self, node: fx.Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
+        op = self._read(node)
+        value = None if op is None else handed_on(self, op)
+        return op if op is None or value is None else Identity(op.node, op.output, value, hooked=op.hooked)
+
+    def _read(self, node: fx.Node) -> Op | None:
         try:
             if (module := self._called(node)) is not None:
                 entry = MODULE_READERS.get(module_class(module))
@@ -210,6 +218,7 @@ class TorchGraph:
             summary.bytes += tensor.numel() * tensor.element_size()
             if tensor.is_floating_point() or tensor.is_complex():  # counters are not parameters
                 summary.parameters += tensor.numel()
+        summary.multiply_adds = multiply_adds(self, self._wiring)
         return summary
 
     def constants_seen(self) -> list[torch.Tensor]:
@@ -228,6 +237,10 @@ class TorchGraph:
     def common_dtype(self, left: Any, right: Any) -> torch.dtype | None:
         """The floating type of two operands, one of which may be a number, if torch promotes neither."""
         return common_dtype(left, right, self.dtype, self.rank)
+
+    def called(self, node: fx.Node) -> nn.Module | None:
+        """The module that a call_module calls."""
+        return self._called(node)
 
     def is_known(self, value: fx.Node) -> bool:
         """Whether the value is known before run time."""

@@ -260,9 +260,9 @@ def _alias(call: Call) -> ops.Op:
 def _slice(call: Call) -> ops.Op:
     """`x[:]`: a slice that leaves nothing out."""
     start, end, step = (call.static(name) for name in ("start", "end", "step"))
-    if start not in (None, 0) or not (end is None or end == 2**63 - 1) or step != 1:
+    if start not in (None, 0) or step != 1:
         raise Unreadable
-    return _alias(call)
+    return _alias(call) if end is None or end == 2**63 - 1 else _expand(call)
 
 
 def _copy(call: Call) -> ops.Op:
@@ -276,7 +276,9 @@ def _copy(call: Call) -> ops.Op:
 def _reshape(call: Call) -> ops.Op:
     if call.arguments.get("dtype") is not None:  # view(dtype) reinterprets the bits
         raise Unreadable
-    return ops.Reshape(call.node, call.node, call.required("self"))
+    sizes = call.arguments.get("shape", call.arguments.get("size"))
+    absolute = call.name in ("view", "reshape", "_unsafe_view") and isinstance(sizes, (list, tuple))
+    return ops.Reshape(call.node, call.node, call.required("self"), absolute=absolute)
 
 
 def _flatten(call: Call) -> ops.Op:

@@ -216,6 +216,8 @@ def _session(path: str, optimize: bool) -> tuple[Any, bool]:
         level = ort.GraphOptimizationLevel
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A constant weight would be packed and go through another kernel than one that is computed: other last bits.
+        options.add_session_config_entry("session.disable_prepacking", "1")
         _sessions[key] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return _sessions[key], kept
 
