@@ -100,6 +100,7 @@ def optimize(
 
     with source, ExitStack() as stack:
         job = Job(source, chosen, progress)
+        job.report.warnings += _set_aside(passes)
         if verify:
             check = _check(source, stack, example_inputs, example_kwargs, inputs, input_shapes)
         job.rewrite()
@@ -133,6 +134,7 @@ def explain(
         freeze_inputs=freeze_inputs,
     ) as source:
         job = Job(source, chosen, progress)
+        job.report.warnings += _set_aside(passes)
         job.rewrite()
         return job.report
 
@@ -180,6 +182,11 @@ def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: s
     if isinstance(passes, str) or isinstance(skip, str):
         raise InputError("passes and skip are lists of names")
     return registry.load().select(passes, skip, shared_weights=shared_weights)
+
+
+def _set_aside(passes: Iterable[str] | None) -> list[str]:
+    """The installed passes that cannot be used, where all were asked for."""
+    return [str(broken) for broken in registry.load().broken] if passes is None else []
 
 
 def _check(

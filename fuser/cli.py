@@ -345,17 +345,31 @@ def bench(
 
 
 @app.command("passes")
-def list_passes() -> None:
-    """The registered passes, in the order in which they run."""
+def list_passes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A pass to print the page of.")] = None,
+    pages: Annotated[
+        Path | None, typer.Option("--pages", metavar="DIR", help="Write a page for each pass, DIR/NAME.md.")
+    ] = None,
+) -> None:
+    """The registered passes in the order in which they run; or the page of one: equation, refusals, contract."""
     from fuser import registry
+    from fuser.pages import page
 
     found = registry.load()
+    if name is not None:
+        print(page(found.info(name)), end="")
+        return
+    if pages is not None:
+        pages.mkdir(parents=True, exist_ok=True)
+        for info in found.passes:
+            (pages / f"{info.name}.md").write_text(page(info))
+        return
     table = Table("pass", "contract", "hosts", "from", "what it does", box=None, pad_edge=False)
     for info in found.passes:
         table.add_row(info.name, info.cls.contract.value, ", ".join(info.cls.hosts), info.owner, info.summary)
     out.print(table)
     for broken in found.broken:
-        err.print(f"warning: the pass {broken.name} of {broken.owner} cannot be used: {broken.reason}", markup=False)
+        err.print(f"warning: {broken}", markup=False)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ Refusals:
     shape-mismatch    the numbers of channels disagree
     not-finite        the new constants would not be finite in the type of the weight
     shared-weights    the weight has other readers, and copies were not wanted
+    hooks             user code is attached to the module: a hook, a parametrization, a class of its own
     unsound           the new constants failed a test of one window; a defect here
 """
 

@@ -33,9 +33,6 @@ SMALL = 1 << 20
 """Computed values up to this many bytes are kept; larger ones are computed again when asked for."""
 
 
-MAX_SIZES = 64
-"""No operand that says a shape, axes or bounds has more elements."""
-
 
 class KnownValues:
     """Constants, and whatever follows from constants alone.

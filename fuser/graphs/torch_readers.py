@@ -464,7 +464,7 @@ class ModuleCall(NamedTuple):
 
     @property
     def hooked(self) -> bool:
-        return has_hooks(self.module)
+        return has_hooks(self.module) or module_class(self.module) is not type(self.module)
 
     def rank(self) -> int:
         rank = self.graph.rank(self.input)
@@ -621,9 +621,14 @@ MODULE_READERS: dict[type[nn.Module], tuple[type[ops.Op], ModuleReader]] = {
 
 
 def module_class(module: nn.Module) -> type[nn.Module]:
-    """The class that says what the module computes; a parametrized module has one made for it alone."""
+    """The class that says what the module computes; a parametrized module has one made for it alone.
+
+    A BatchNorm whose class is the user's counts as torch's, so that something is said of it; it is `hooked`.
+    """
     if nn.utils.parametrize.is_parametrized(module):
         return nn.utils.parametrize.type_before_parametrizations(module)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return next((base for base in type(module).__mro__ if base in NORMS), type(module))
     return type(module)
 
 
