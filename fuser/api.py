@@ -200,8 +200,9 @@ def _check(
     """How a rewritten model compares with the source's original; the processes for that end with `stack`."""
     from fuser import proof
     from fuser.proof.runners import Workers
+    from fuser.proof.sides import Original
 
-    workers = stack.enter_context(Workers())
+    workers, original = stack.enter_context(Workers()), stack.enter_context(Original())
     if source.is_onnx:
         workers.first.start()  # it imports what it needs while the passes run
 
@@ -216,6 +217,7 @@ def _check(
             contract=contract.value,
             removed_inputs=source.removable_inputs,
             workers=workers,
+            original=original,
         )
 
     return check

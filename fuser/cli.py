@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -374,6 +375,7 @@ def list_passes(
 
 def main() -> None:
     """The console script."""
+    gc.disable()  # a graph is many linked objects that stay; the cyclic collector would visit them again and again
     try:
         app(_with_values(sys.argv[1:]))
     except FuserError as error:
@@ -387,6 +389,8 @@ def main() -> None:
         if os.environ.get("FUSER_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (FUSER_DEBUG=1 shows where)", 1)
+    finally:
+        gc.freeze()  # nor is there anything to collect at the end
 
 
 def _with_values(args: list[str]) -> list[str]:

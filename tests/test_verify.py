@@ -16,10 +16,12 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from fuser.errors import InputError
+from fuser.isolate import Worker
 from fuser.proof import Verification
 from fuser.proof import verify as run_verify
 from fuser.proof.float64_onnx import evaluate_stored
 from fuser.proof.runners import Workers, release, run_onnx
+from fuser.proof.sides import Original
 
 RNG = np.random.default_rng(11)
 
@@ -410,3 +412,27 @@ def test_a_session_is_kept_for_the_same_file_only(tmp_path: Path) -> None:
         assert not ran(other)[1]
     finally:
         release()
+
+
+def test_what_was_found_of_an_original_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    real = Worker.call
+
+    def call(self: Worker, function: str, path: str, *args: Any, **options: Any) -> Any:
+        calls.append(function.split(":")[1])
+        return real(self, function, path, *args, **options)
+
+    monkeypatch.setattr(Worker, "call", call)
+    model = linear()
+    with Workers() as workers, Original() as original:
+        row = {"workers": workers, "original": original}
+        first = run_verify(model, linear(), **row)
+        everything = len(calls)
+        calls.clear()
+        assert run_verify(model, linear(1.001), **row).verdict == "different"
+        assert run_verify(model, linear(), contract="exact", **row).truth == "bits"
+        again = run_verify(model, linear(), **row)
+        assert (again.outputs, again.sets, again.truth) == (first.outputs, first.sets, first.truth)
+        assert again.cost_ratio > 0
+    assert everything == 5, "two runs and the truth of the original, and of the other"
+    assert calls.count("run_onnx") == 3 and calls.count("evaluate") >= 2

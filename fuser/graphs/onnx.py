@@ -7,6 +7,7 @@ loaded, and everything else keeps its bytes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -75,6 +76,8 @@ class OnnxGraph:
         self._duplicate_constants = DuplicateConstants(model, self.wiring, self.known)
         self.wiring.scopes[0].changed = bool(self._removed)
         self._origins: dict[int, list[str]] = {}
+        self._readings: dict[int, Op | None] = {}
+        self._read_at = 0
         self._taken = {name for scope in self.wiring.scopes for name in scope.names} | initializer_names(graph)
         self._taken.update(node.name for node in self.wiring.order)
         self._node_names = Counter(self.wiring.scope(node).path + node.name for node in self.wiring.order)
@@ -103,6 +106,14 @@ class OnnxGraph:
 
     def read(self, node: gs.Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
+        if self._read_at != self.edits:  # a reading holds until the next edit
+            self._readings.clear()
+            self._read_at = self.edits
+        if id(node) not in self._readings:
+            self._readings[id(node)] = self._read(node)
+        return self._readings[id(node)]
+
+    def _read(self, node: gs.Node) -> Op | None:
         scope = self.wiring.scope(node)
         if not is_standard(node) or node.op not in READERS or scope.opset < OLDEST_OPSET or scope.frozen:
             return None
@@ -166,17 +177,17 @@ class OnnxGraph:
         stored = [node.attrs["value"] for node in alive if isinstance(node.attrs.get("value"), gs.Constant)]
         for scope in self.wiring.scopes:
             stored += [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
-        protos = [tensor_proto(tensor) for tensor in stored]
+        protos = [proto for tensor in stored if (proto := tensor_proto(tensor)) is not None]
         for scope in self.wiring.scopes:
             if isinstance(scope.proto, GraphProto):
                 protos += [tensor for tensor in scope.proto.initializer if tensor.name not in scope.dropped]
+        counts: Counter[int] = Counter()
         for proto in protos:
-            dtype = None if proto is None else numpy_dtype(proto.data_type)
-            if proto is None or dtype is None:
-                continue
-            count = elements(tuple(proto.dims)) or 0
-            summary.bytes += count * dtype.itemsize
-            if dtype.kind not in "biuOSU":  # shapes and indices are not parameters
+            counts[proto.data_type] += math.prod(proto.dims)
+        for data_type, count in counts.items():
+            dtype = numpy_dtype(data_type)
+            summary.bytes += count * dtype.itemsize if dtype else 0
+            if dtype and dtype.kind not in "biuOSU":  # shapes and indices are not parameters
                 summary.parameters += count
         summary.multiply_adds = self._multiply_adds(alive)
         return summary
@@ -275,6 +286,7 @@ class OnnxGraph:
     def commit(self) -> None:
         self.wiring.sweep(keep=self.known.overridable)
         self.wiring.settle()
+        self._readings.clear()
 
     def to_model(self) -> ModelFile:
         """Patch what changed into the model and return it; this graph is not to be used after that."""

@@ -29,6 +29,10 @@ from fuser.graphs.onnx_values import (
 from fuser.graphs.onnx_wiring import Scope, Wiring, has_references, is_standard
 from fuser.remarks import Missed
 
+_FOLDABLE = EVALUABLE | {"Constant"}
+_NEED_A_SHAPE = {"Shape", "Size"}
+"""Operators that may be known although their first operand is not."""
+
 SMALL = 1 << 20
 """Computed values up to this many bytes are kept; larger ones are computed again when asked for."""
 
@@ -86,7 +90,7 @@ class KnownValues:
         if id(tensor) not in self._known:
             return Missed("not-constant", f"{tensor.name!r} is not known before run time")
         try:
-            return self.evaluate(tensor)
+            return self._stored(tensor) if isinstance(tensor, gs.Constant) else self.evaluate(tensor)
         except CannotEvaluate as error:
             return Missed("not-constant", f"{tensor.name!r} is not known before run time: {error}")
 
@@ -94,14 +98,18 @@ class KnownValues:
         """Whether all that the node makes is known: its inputs are, and it does the same every time."""
         if id(node) in self._sized:
             return True
+        if node.op not in _FOLDABLE or not is_standard(node):
+            return False
+        if node.inputs and id(node.inputs[0]) not in self._known and node.op not in _NEED_A_SHAPE:
+            return False  # mostly the first operand decides; no such operator can go without it
         scope = self._wiring.scope(node)
-        if not is_standard(node) or scope.frozen or scope.opset < OLDEST_OPSET:
+        if scope.frozen or scope.opset < OLDEST_OPSET:
             return False
         if node.op == "Constant":
             return bool(node.attrs) and "sparse_value" not in node.attrs and not has_references(node)
-        if node.op not in EVALUABLE or not node.inputs:
+        if not node.inputs:
             return False
-        for position, tensor in enumerate(node.inputs):  # mostly the first one decides
+        for position, tensor in enumerate(node.inputs):
             if id(tensor) not in self._known and not tensor.is_empty() and self._stand_in(node, position) is None:
                 return False
         return not has_references(node)
