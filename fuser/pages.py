@@ -47,6 +47,9 @@ def refusals_of(info: PassInfo) -> list[tuple[list[str], str]]:
         if entry := re.fullmatch(r"([a-z0-9-]+) {2,}(.+)", line):
             found.append(([entry[1]], entry[2]))
             continue
+        if line and not listed and found and not re.match(r"[a-z0-9-]+(, |: as for )", line):
+            found[-1] = (found[-1][0], f"{found[-1][1]} {line}")  # the sentence goes on
+            continue
         listed = f"{listed} {line}".strip()
         codes, _, other = listed.partition(": as for ")
         if other:
