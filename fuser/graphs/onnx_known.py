@@ -33,7 +33,6 @@ SMALL = 1 << 20
 """Computed values up to this many bytes are kept; larger ones are computed again when asked for."""
 
 
-
 class KnownValues:
     """Constants, and whatever follows from constants alone.
 
