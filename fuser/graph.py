@@ -117,6 +117,7 @@ class Graph(Protocol):
 
         New names, and nobody else's change.  An absent operand is added, and None takes an optional one away.
         A `Linear` is left with alpha = beta = 1.  Each array has the dtype that is to be stored.
+        A weight may make another number of outputs if `replace` then lets them stand for a value of that size.
         """
         ...
 
@@ -125,6 +126,10 @@ class Graph(Protocol):
 
         Readers of the further outputs of a `Duplicate` read those of its twin.
         """
+        ...
+
+    def set_input(self, op: Op, value: Value) -> None:
+        """Let the op read `value`, which may be of another size, as its input."""
         ...
 
     def replace_with_constant(self, op: Op) -> None:

@@ -29,7 +29,16 @@ class Op:
 
 
 @dataclass(frozen=True, eq=False)
-class Conv(Op):
+class LinearOperator(Op):
+    """y = W input + b: a `Conv` or a `Linear`."""
+
+    input: Value
+    weight: Value
+    bias: Value | None
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(LinearOperator):
     """y = conv(input, weight) + bias over axis 1 of [N, Cin, *spatial]; transposed convolutions included.
 
     weight: [Cout, Cin/groups, *kernel], or [Cin, Cout/groups, *kernel] when transposed.
@@ -37,18 +46,20 @@ class Conv(Op):
         not made of zeros.
     """
 
-    input: Value
-    weight: Value
-    bias: Value | None
     groups: int = 1
     transposed: bool = False
     strides: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
     padding: tuple[tuple[int, int], ...] | None = None
 
+    @property
+    def out_axis(self) -> int:
+        """The axis of the weight along which the outputs are (those of one group, when transposed)."""
+        return 1 if self.transposed else 0
+
 
 @dataclass(frozen=True, eq=False)
-class Linear(Op):
+class Linear(LinearOperator):
     """y = alpha * (input @ weight) + beta * bias, where the weight is a matrix.
 
     weight: [out, in] when `out_axis` is 0, [in, out] when it is 1.
@@ -57,9 +68,6 @@ class Linear(Op):
     The features come out on the last axis.
     """
 
-    input: Value
-    weight: Value
-    bias: Value | None
     out_axis: int = 0
     in_axis: int = -1
     alpha: float = 1.0

@@ -302,3 +302,71 @@ NORMS: dict[str, Case] = {
     "over-two-axes": Case(lambda: nn.Sequential(nn.LayerNorm((5, 6)), nn.Linear(6, 4)), (2, 5, 6), {}),
 }
 """For fold-layer-norm."""
+
+
+def conv_pair(*convs: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.ReLU(), *map(copy.deepcopy, convs), nn.ReLU())
+
+
+def read_between() -> nn.Module:
+    return Net(lambda m, x: m.b(y := m.a(x)) + y.sum(), a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(6, 3, 1))
+
+
+PIXELS = (2, 4, 6, 6)
+FLATTENED = {"Decomposed": {}}
+"""Decompositions put a `view` before and behind each product of more than two axes."""
+
+PAIRS: dict[str, Case] = {
+    "linears": Case(lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), (4, 6), {"applied": 1}),
+    "linears-no-bias": Case(
+        lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3, bias=False)), (4, 6), {"applied": 1}
+    ),
+    "linears-of-rows": Case(
+        lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.Dropout(), nn.Linear(8, 3)),
+        (2, 4, 6),
+        {"applied": 1},
+        FLATTENED,
+    ),
+    "three-linears": Case(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3), nn.ReLU()), (4, 6), {"applied": 2}
+    ),
+    "pointwise-last": Case(
+        conv_pair(nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=2), nn.Conv2d(8, 3, 1)), PIXELS, {"applied": 1}
+    ),
+    "pointwise-first": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 3, 3, stride=2)), PIXELS, {"applied": 1}),
+    "pointwise-first-padded": Case(
+        conv_pair(nn.Conv2d(4, 8, 1, bias=False), nn.Conv2d(8, 3, 3, padding=1)), PIXELS, {"applied": 1}
+    ),
+    "pointwise-both": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 3, 1, bias=False)), PIXELS, {"applied": 1}),
+    "normalized-between": Case(
+        conv_pair(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1), nn.BatchNorm2d(3)),
+        PIXELS,
+        {"applied": 1},
+    ),
+    "grouped": Case(conv_pair(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 4, 1, groups=4)), PIXELS, {"applied": 1}),
+    "transposed": Case(
+        conv_pair(nn.ConvTranspose2d(4, 8, 2, stride=2, groups=2), nn.Conv2d(8, 4, 1, groups=2)), PIXELS, {"applied": 1}
+    ),
+    "transposed-last": Case(
+        conv_pair(nn.Conv2d(4, 8, 1, bias=False), nn.ConvTranspose2d(8, 3, 3, stride=2, padding=1)),
+        PIXELS,
+        {"applied": 1},
+    ),
+    "circular": Case(
+        conv_pair(nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 3, 1)),
+        PIXELS,
+        {"applied": 1},
+    ),
+    # -- refused
+    "low-rank": Case(
+        lambda: nn.Sequential(nn.Linear(16, 2, bias=False), nn.Linear(2, 16), nn.ReLU()), (4, 16), {"grows": 1}
+    ),
+    "separable": Case(conv_pair(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1)), PIXELS, {"grows": 1}),
+    "inverted": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=8)), PIXELS, {"grows": 1}),
+    "two-kernels": Case(conv_pair(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), PIXELS, {"geometry": 1}),
+    "strided-pointwise": Case(conv_pair(nn.Conv2d(4, 8, 1, stride=2), nn.Conv2d(8, 3, 3)), PIXELS, {"geometry": 1}),
+    "bias-in-the-padding": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 3, 3, padding=1)), PIXELS, {"padding": 1}),
+    "read-between": Case(read_between, PIXELS, {"shared-output": 1}),
+    "activation-between": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)), PIXELS, {}),
+}
+"""For merge-linears."""

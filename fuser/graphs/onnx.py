@@ -35,7 +35,7 @@ from fuser.graphs.onnx_readers import (
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
 from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
-from fuser.ops import Constant, Dead, Duplicate, DuplicateConstant, Identity, Op, Value
+from fuser.ops import Constant, Conv, Dead, Duplicate, DuplicateConstant, Identity, Linear, Op, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -238,6 +238,8 @@ class OnnxGraph:
 
     def set_constants(self, op: Op, **arrays: Array | None) -> None:
         node: gs.Node = op.node
+        if isinstance(op, Conv | Linear) and self._resizes(op, arrays.get("weight")):
+            self._forget_size(op)
         for field, array in arrays.items():
             if array is None:
                 self.wiring.truncate_inputs(node, OPERANDS[node.op][field])  # what is optional comes last
@@ -254,15 +256,22 @@ class OnnxGraph:
         producer = self.producer(by)
         if self.can_vanish(op, by):
             pairs = self._pairs(op, by)
-            if op.node is not None:
-                self.wiring.erase(op.node)
+            for node in self._nodes(op):
+                self.wiring.erase(node)
             for output, value in pairs:
                 self._redirect(output, value)
         else:
             self._become_identity(op.node, by)
         if producer is not None and op.node is not None:
-            origins = self._origins.setdefault(id(producer), [])
-            origins += [*self._origins.get(id(op.node), ()), op.node.name or op.output.name]
+            self._note_origin(producer, op.node)
+        self.edits += 1
+
+    def set_input(self, op: Op, value: Value) -> None:
+        node, old = op.node, op.input  # type: ignore[attr-defined]
+        position = next(i for i, tensor in enumerate(node.inputs) if tensor is old)
+        self.wiring.set_input(node, position, value)
+        if (producer := self.producer(old)) is not None:
+            self._note_origin(node, producer)
         self.edits += 1
 
     def replace_with_constant(self, op: Op) -> None:
@@ -390,6 +399,33 @@ class OnnxGraph:
             output, value, readers = value, output, others
         for reader, position in readers:
             self.wiring.set_input(reader, position, value)
+
+    def _resizes(self, op: Conv | Linear, weight: Array | None) -> bool:
+        """Whether the new weight makes another number of outputs."""
+        old = self.shape(op.weight)
+        return weight is not None and (old is None or old[op.out_axis] != weight.shape[op.out_axis])
+
+    def _forget_size(self, op: Conv | Linear) -> None:
+        """What is stated of the size of the op's output is no longer true."""
+        product = op.node.outputs[0]
+        if product is not op.output:  # of a MatMul whose bias an Add adds
+            fresh = gs.Variable(self._fresh(product.name))
+            uses = self.wiring.uses(product)
+            self.wiring.set_output(op.node, product, fresh)
+            self.wiring.scope(op.node).dropped.add(product.name)
+            for add, position in uses:
+                self.wiring.set_input(add, position, fresh)
+        self.known.forget(op.output)
+
+    def _nodes(self, op: Op) -> list[gs.Node]:
+        """The nodes that go with an op: both of a MatMul and the Add of its bias, none of a stored constant."""
+        last = self.producer(op.output)
+        return [node for node in ([last] if last is op.node else [last, op.node]) if node is not None]
+
+    def _note_origin(self, node: gs.Node, gone: gs.Node) -> None:
+        """Remember that `gone` is part of the node now."""
+        origins = self._origins.setdefault(id(node), [])
+        origins += [*self._origins.get(id(gone), ()), gone.name or gone.outputs[0].name]
 
     def _become_identity(self, node: gs.Node, by: gs.Tensor) -> None:
         """Where both names are in a signature, a node must stay between them."""

@@ -164,6 +164,10 @@ class KnownValues:
         if self._types is not None and id(source) in self._types:
             self._types.setdefault(id(tensor), self._types[id(source)])
 
+    def forget(self, tensor: gs.Tensor) -> None:
+        """The shape of `tensor` is no longer what was inferred."""
+        self._inferred().pop(id(tensor), None)
+
     # -- one sweep at the start
 
     def _classify(self, node: gs.Node) -> None:

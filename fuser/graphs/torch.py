@@ -336,6 +336,13 @@ class TorchGraph:
                 self._constants.learn(user)
         self.edits += 1
 
+    def set_input(self, op: Op, value: Value) -> None:
+        node, old = op.node, op.input  # type: ignore[attr-defined]
+        node.replace_input_with(old, value)
+        self._wiring.loosen(old)
+        self._wiring.meta.refresh(node)
+        self.edits += 1
+
     def replace_with_constant(self, op: Op) -> None:
         node: fx.Node = op.node
         value = self._constants.value(node)

@@ -18,7 +18,7 @@ from fuser.graphs.torch_copy import shallow
 from fuser.graphs.torch_readers import MODULE_OPERANDS, OPERANDS
 from fuser.graphs.torch_values import to_array, to_tensor
 from fuser.graphs.torch_wiring import Wiring
-from fuser.ops import Linear, Op
+from fuser.ops import Conv, Linear, Op
 
 if TYPE_CHECKING:
     from fuser.graphs.torch import TorchGraph
@@ -43,10 +43,20 @@ Arrays: TypeAlias = Mapping[str, Array | None]
 
 def set_operands(graph: TorchGraph, wiring: Wiring, constants: Constants, op: Op, arrays: Arrays) -> None:
     """Set new constants by the names of the op's fields, or take them away; nobody else's change."""
+    resizes = isinstance(op, Conv | Linear) and _resizes(graph, op, arrays.get("weight"))
     if op.node.op == "call_module":
         _call_own_module(wiring, op, arrays)
     else:
         _Arguments(graph, wiring, constants, op).set(arrays)
+    if resizes:
+        for node in dict.fromkeys((op.node, op.output)):
+            wiring.meta.refresh(node)
+
+
+def _resizes(graph: TorchGraph, op: Conv | Linear, weight: Array | None) -> bool:
+    """Whether the new weight makes another number of outputs."""
+    old = graph.shape(op.weight)
+    return weight is not None and (old is None or old[op.out_axis] != weight.shape[op.out_axis])
 
 
 def _call_own_module(wiring: Wiring, op: Op, arrays: Arrays) -> None:
@@ -65,10 +75,23 @@ def _call_own_module(wiring: Wiring, op: Op, arrays: Arrays) -> None:
             own._buffers[name] = tensor
         else:
             own._parameters[name] = nn.Parameter(tensor, requires_grad=like.requires_grad)
+    if isinstance(op, Conv | Linear):
+        _state_sizes(own, op)
     for name in ("elementwise_affine", "affine"):  # what a normalization says of itself
         if hasattr(own, name) and getattr(own, "weight", None) is None:
             setattr(own, name, False)
     wiring.call_own(op.node, own)
+
+
+def _state_sizes(module: Any, op: Conv | Linear) -> None:
+    """What a module says of the sizes of its weight; nothing in torch computes with it."""
+    outputs, inputs = module.weight.shape[:2]
+    if isinstance(op, Linear):
+        module.out_features, module.in_features = outputs, inputs
+    elif op.transposed:
+        module.in_channels, module.out_channels = outputs, inputs * op.groups
+    else:
+        module.out_channels, module.in_channels = outputs, inputs * op.groups
 
 
 class _Arguments:
