@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from fuser.ops import Op, Value
+from fuser.ops import AveragePool, Conv, MaxPool, Op, Pad, Padding, Value
 from fuser.remarks import Missed
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -93,6 +93,14 @@ class Graph(Protocol):
         """Whether every reader sees the same elements: nobody writes into the value, or into a view of it."""
         ...
 
+    def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
+        """Why `set_padding` with the same arguments has no way to be written in this graph; None where it has.
+
+        Codes: `asymmetric` (torch pads both sides alike), `window` (a pool pads by no more than half a window),
+        `layout` (the result would be laid out differently in memory).
+        """
+        ...
+
     def describe(self, x: Op | Value) -> str:
         """A name under which a person finds it in their model; unique within the model for an op."""
         ...
@@ -109,6 +117,10 @@ class Graph(Protocol):
         New names, and nobody else's change.  An absent operand is added.  A `Linear` is left with
         alpha = beta = 1.  Each array has the dtype that is to be stored.
         """
+        ...
+
+    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
+        """Let `op` read the input of `pad`, and add `padding` by itself; the zeros of an average count."""
         ...
 
     def replace(self, op: Op, by: Value) -> None:

@@ -32,7 +32,19 @@ from fuser.graphs.onnx_readers import (
 )
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
-from fuser.ops import Constant, Dead, Duplicate, DuplicateConstant, Op, Value
+from fuser.ops import (
+    AveragePool,
+    Constant,
+    Conv,
+    Dead,
+    Duplicate,
+    DuplicateConstant,
+    MaxPool,
+    Op,
+    Pad,
+    Padding,
+    Value,
+)
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -140,6 +152,9 @@ class OnnxGraph:
     def is_stable(self, value: Value) -> bool:
         return True  # ONNX has values, not memory
 
+    def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
+        return None  # any sides, any sizes
+
     def describe(self, x: Op | Value) -> str:
         if not isinstance(x, Op):
             return repr(x.name)
@@ -203,6 +218,16 @@ class OnnxGraph:
                 node.attrs.pop(name, None)
         self.edits += 1
 
+    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
+        node: gs.Node = op.node
+        self.wiring.set_input(node, 0, pad.input)
+        self.wiring.set_attribute(node, "pads", [before for before, _ in padding] + [after for _, after in padding])
+        node.attrs.pop("auto_pad", None)
+        if isinstance(op, AveragePool):
+            self.wiring.set_attribute(node, "count_include_pad", 1)
+        self._record_origin(node, pad)
+        self.edits += 1
+
     def replace(self, op: Op, by: Value) -> None:
         producer = self.producer(by)
         if self.can_vanish(op, by):
@@ -214,8 +239,7 @@ class OnnxGraph:
         else:
             self._become_identity(op.node, by)
         if producer is not None and op.node is not None:
-            origins = self._origins.setdefault(id(producer), [])
-            origins += [*self._origins.get(id(op.node), ()), op.node.name or op.output.name]
+            self._record_origin(producer, op)
         self.edits += 1
 
     def replace_with_constant(self, op: Op) -> None:
@@ -290,6 +314,11 @@ class OnnxGraph:
             yield Duplicate(node, output, by)
 
     # -- small edits
+
+    def _record_origin(self, node: gs.Node, op: Op) -> None:
+        """Remember that `op`, and whatever went into it, went into the node."""
+        origins = self._origins.setdefault(id(node), [])
+        origins += [*self._origins.get(id(op.node), ()), op.node.name or op.output.name]
 
     def _pairs(self, op: Op, by: gs.Tensor) -> list[tuple[gs.Tensor, gs.Tensor]]:
         """(output, what its readers are to read)."""
