@@ -169,6 +169,13 @@ class AveragePool(Op):
 
 
 @dataclass(frozen=True, eq=False)
+class Resize(Op):
+    """y = interpolation of [N, C, *spatial] between elements along any axis but 1, with weights that sum to one."""
+
+    input: Value
+
+
+@dataclass(frozen=True, eq=False)
 class MaxPool(Op):
     """y = the largest element of each window of the spatial axes; padding is below every element.
 

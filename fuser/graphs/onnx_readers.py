@@ -325,6 +325,49 @@ def _window(n: NodeReader) -> ops.Window | None:
     return ops.Window(kernel, strides, padding)
 
 
+def _resize(n: NodeReader) -> ops.Op:
+    """Opset 7 and 9 say Upsample; a factor for each axis, or sizes, and since opset 18 for the axes that are named."""
+    if n.node.op == "Upsample":
+        keeps_channels = _is_one(np.asarray(n.attribute("scales")) if n.opset < 9 else n.known(1), 1)
+    elif n.attribute("coordinate_transformation_mode", "half_pixel") not in _KEEPS_EQUAL_SIZES:
+        raise Unreadable
+    elif n.opset < 11:
+        keeps_channels = _is_one(n.known(1), 1)
+    else:
+        keeps_channels = _keeps_channels(n)
+    if not keeps_channels or n.attribute("antialias", 0):
+        raise Unreadable
+    return ops.Resize(n.node, n.output, n.required(0))
+
+
+_KEEPS_EQUAL_SIZES = ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric")
+"""Where an axis that keeps its size keeps its elements, and no element comes from outside."""
+
+
+def _keeps_channels(n: NodeReader) -> bool:
+    value = n.required(0)
+    axes = n.attribute("axes")
+    axes = None if axes is None else [n.axis(axis, value) for axis in axes]
+    if axes is not None and 1 not in axes:
+        return True
+    place = 1 if axes is None else axes.index(1)
+    if n.input(3) is None or (n.input(2) is not None and n.graph.shape(n.required(2)) != (0,)):
+        return _is_one(n.known(2), place)
+    if n.attribute("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise Unreadable
+    before, after = n.graph.shape(value), n.graph.shape(n.output)
+    if before is None or len(before) < 2 or not isinstance(before[1], int):
+        return False
+    sizes = n.graph.constant(n.required(3))
+    if isinstance(sizes, Missed):
+        return after is not None and after[1] == before[1]
+    return bool(sizes[place] == before[1])
+
+
+def _is_one(scales: Array, place: int) -> bool:
+    return place < scales.size and bool(scales[place] == 1)
+
+
 def _at_least_zero(n: NodeReader) -> ops.Op:
     return ops.Bounded(n.node, n.output, 0.0)
 
@@ -382,6 +425,8 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "GlobalAveragePool": (ops.AveragePool, _global_average_pool),
     "ReduceMean": (ops.AveragePool, _reduce_mean),
     "MaxPool": (ops.MaxPool, _max_pool),
+    "Resize": (ops.Resize, _resize),
+    "Upsample": (ops.Resize, _resize),
     **dict.fromkeys(("Relu", "Sigmoid", "HardSigmoid", "Softmax"), (ops.Bounded, _at_least_zero)),
     "Clip": (ops.Bounded, _clip),
     "DequantizeLinear": (ops.Dequantize, _dequantize),

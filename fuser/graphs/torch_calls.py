@@ -138,6 +138,7 @@ _PYTHON_FUNCTIONS: dict[Any, str] = {
     F.feature_alpha_dropout: "dropout",
     F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
     F.adaptive_avg_pool3d: "adaptive_avg_pool3d",
+    F.interpolate: "interpolate",
     F.pad: "pad",
     F.relu: "relu",
     F.relu6: "relu6",

@@ -322,6 +322,11 @@ def _window(call: Call, spatial: int) -> ops.Window | None:
     return ops.Window(size, strides, tuple((side, side) for side in call.sizes("padding", spatial)))
 
 
+def _resize(call: Call) -> ops.Op:
+    """Of the spatial axes, whatever the mode and the sizes are."""
+    return ops.Resize(call.node, call.node, call.required("self" if "self" in call.arguments else "input"))
+
+
 def _pad(call: Call) -> ops.Op:
     """(before, after) of the last axis comes first."""
     value = call.required("self" if "self" in call.arguments else "input")
@@ -430,6 +435,12 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     "mean": (ops.AveragePool, _mean),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), (ops.MaxPool, _max_pool)),
     **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices"), (ops.MaxPool, _max_pool)),
+    **dict.fromkeys(("interpolate", "upsample_linear1d", "upsample_trilinear3d"), (ops.Resize, _resize)),
+    **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), (ops.Resize, _resize)),
+    **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"), (ops.Resize, _resize)),
+    **dict.fromkeys(
+        ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"), (ops.Resize, _resize)
+    ),
     **dict.fromkeys(("pad", "constant_pad_nd"), (ops.Pad, _pad)),
     **dict.fromkeys(("relu", "relu_", "relu6", "relu6_", "sigmoid", "softmax"), (ops.Bounded, _at_least_zero)),
     **dict.fromkeys(("hardtanh", "hardtanh_", "clamp", "clamp_"), (ops.Bounded, _clamp)),
@@ -598,6 +609,10 @@ def _pad_module(call: ModuleCall) -> ops.Op:
     return ops.Pad(call.node, call.node, call.input, _padding_of(module.padding), value, mode, hooked=call.hooked)
 
 
+def _resize_module(call: ModuleCall) -> ops.Op:
+    return ops.Resize(call.node, call.node, call.input, hooked=call.hooked)
+
+
 def _at_least_zero_module(call: ModuleCall) -> ops.Op:
     return ops.Bounded(call.node, call.node, 0.0, hooked=call.hooked)
 
@@ -664,6 +679,7 @@ MODULE_READERS: dict[type[nn.Module], tuple[type[ops.Op], ModuleReader]] = {
     ),
     **dict.fromkeys(MAX_POOLS, (ops.MaxPool, _max_pool_module)),
     **dict.fromkeys(PADS, (ops.Pad, _pad_module)),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), (ops.Resize, _resize_module)),
     **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Sigmoid), (ops.Bounded, _at_least_zero_module)),
 }
 """Module class, taken exactly (a subclass may do anything), -> the kind of op it reads as, and its reader."""
