@@ -28,6 +28,7 @@ from fuser.ops import (
     Linear,
     Op,
     Reshape,
+    Resize,
     Transpose,
     Value,
 )
@@ -161,10 +162,10 @@ class Walker:
                 return m
             case Transpose():
                 return m if m.axis is None else m.along(op.permutation[m.axis])
-            case AveragePool(pads_counted=counted):
+            case AveragePool() | Resize():
                 if m.axis not in (None, 1):
                     return Missed("axis-mismatch", f"{self.graph.describe(op)} averages over axis {m.axis}")
-                if counted and m.affine.shift.any():
+                if isinstance(op, AveragePool) and op.pads_counted and m.affine.shift.any():
                     return Missed("padding", f"{self.graph.describe(op)} averages over padding zeros, too")
                 return m
             case Reshape():
@@ -259,7 +260,7 @@ class Walker:
                 return m
             case Transpose():
                 return m if m.axis is None else m.along(op.permutation.index(m.axis % len(op.permutation)))
-            case AveragePool():
+            case AveragePool() | Resize():
                 return self._before(op, m)  # the channels stay where they are
             case Reshape():
                 return self._through_reshape(op, op.input, op.output, m)

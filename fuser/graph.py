@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from fuser.ops import Op, Value
+from fuser.ops import AveragePool, Conv, MaxPool, Op, Pad, Padding, Value
 from fuser.remarks import Missed
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -102,6 +102,14 @@ class Graph(Protocol):
         """How many elements of stored constants nobody would read any more if one reader of `value` let go of it."""
         ...
 
+    def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
+        """Why `set_padding` with the same arguments has no way to be written in this graph; None where it has.
+
+        Codes: `asymmetric` (torch pads both sides alike), `window` (a pool pads by no more than half a window),
+        `layout` (the result would be laid out differently in memory).
+        """
+        ...
+
     def describe(self, x: Op | Value) -> str:
         """A name under which a person finds it in their model; unique within the model for an op."""
         ...
@@ -119,6 +127,10 @@ class Graph(Protocol):
         A `Linear` is left with alpha = beta = 1.  Each array has the dtype that is to be stored.
         A weight may make another number of outputs if `replace` then lets them stand for a value of that size.
         """
+        ...
+
+    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
+        """Let `op` read the input of `pad`, and add `padding` by itself; the zeros of an average count."""
         ...
 
     def replace(self, op: Op, by: Value) -> None:

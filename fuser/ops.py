@@ -10,7 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from fuser.remarks import Missed
+
 Value: TypeAlias = Any
+Padding: TypeAlias = tuple[tuple[int, int], ...]
+"""How much is added (before, after) each axis."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +54,7 @@ class Conv(LinearOperator):
     transposed: bool = False
     strides: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
-    padding: tuple[tuple[int, int], ...] | None = None
+    padding: Padding | None = None
 
     @property
     def out_axis(self) -> int:
@@ -161,14 +165,68 @@ class Concat(Op):
 
 
 @dataclass(frozen=True, eq=False)
+class Pad(Op):
+    """y = `input` with elements around it; where a number of them is negative, elements are taken away.
+
+    padding: for the last axes of the input, as many as are padded; or why that is not known.
+    value: what the elements are; -inf also stands for the lowest number of the type.
+    mode: "constant", or the name of the rule by which they repeat elements of the input.
+    """
+
+    input: Value
+    padding: Padding | Missed
+    value: float | Missed = 0.0
+    mode: str = "constant"
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which elements a pool looks at: for each spatial axis `size` neighbours, every `stride` elements.
+
+    padding: what the pool itself adds around its input; no window reaches beyond it.
+    """
+
+    size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: Padding
+
+
+@dataclass(frozen=True, eq=False)
 class AveragePool(Op):
     """y = the mean over windows of the spatial axes (2 and up) of [N, C, *spatial]; global pooling too.
 
     pads_counted: some windows average over padding zeros, so y of a constant is not that constant.
+    window: None where it depends on the size of the input.
     """
 
     input: Value
     pads_counted: bool = False
+    window: Window | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Resize(Op):
+    """y = interpolation of [N, C, *spatial] between elements along any axis but 1, with weights that sum to one."""
+
+    input: Value
+
+
+@dataclass(frozen=True, eq=False)
+class MaxPool(Op):
+    """y = the largest element of each window of the spatial axes; padding is below every element.
+
+    window: None where it depends on the size of the input, or leaves gaps.
+    """
+
+    input: Value
+    window: Window | None
+
+
+@dataclass(frozen=True, eq=False)
+class Bounded(Op):
+    """No element of y is below `low`: ReLU, ReLU6, a clip, a sigmoid."""
+
+    low: float
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -213,6 +214,23 @@ CASES: dict[str, Case] = {
         {"Traced": {"axis-mismatch": 1}},
     ),
     "concatenated": Case(concatenated, (2, 4, 8, 8), {"applied": 1}, {"Traced": {"applied": 1}}),
+    "interpolated": Case(
+        lambda: nn.Sequential(
+            nn.Conv2d(4, 6, 3), nn.Upsample(scale_factor=2), nn.BatchNorm2d(6), nn.ReLU(inplace=True)
+        ),
+        (2, 4, 8, 8),
+        {"applied": 1},
+    ),
+    "interpolated-before-conv": Case(
+        lambda: Net(
+            lambda m, x: m.conv(F.interpolate(m.norm(torch.relu(x)), size=(7, 9), mode="bicubic")),
+            norm=nn.BatchNorm2d(4),
+            conv=nn.Conv2d(4, 6, 3),
+        ),
+        (2, 4, 8, 8),
+        {"applied": 1},
+        {"Decomposed": {"no-linear": 1}},  # it is sums of what it gathers there
+    ),
     # -- refused
     "padded-conv-after": Case(
         lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)), (2, 4, 8, 8), {"padding": 1}

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from fuser.passes.fold_affine import FoldAffine
 from fuser.passes.fold_batch_norm import FoldBatchNorm
+from fuzz_onnx import evaluator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
@@ -186,3 +187,60 @@ def test_looking_changes_nothing() -> None:
     FOLD.match(graph, op)
     assert graph.edits == 0
     assert graph.to_model().to_proto().SerializeToString(deterministic=True) == before
+
+
+RESIZES: dict[str, tuple[int, Any, dict[str, Any], bool]] = {
+    "scales": (11, ["", "scales"], {}, True),
+    "linear": (13, ["", "scales"], {"mode": "linear", "coordinate_transformation_mode": "align_corners"}, True),
+    "cubic": (13, ["", "scales"], {"mode": "cubic", "exclude_outside": 1}, True),
+    "sizes": (13, ["", "", "sizes"], {"mode": "linear"}, True),
+    "both-given": (11, ["", "empty", "sizes"], {"mode": "linear"}, True),
+    "axes": (18, ["", "two"], {"axes": [2, 3]}, True),
+    "all-axes": (18, ["", "scales"], {"axes": [0, 1, 2, 3]}, True),
+    "opset-10": (10, ["scales"], {"mode": "linear"}, True),
+    "upsample-9": (9, ["scales"], {"mode": "linear"}, True),
+    "channels": (13, ["", "more"], {"mode": "linear"}, False),
+    "channels-kept-in-number": (13, ["", "slightly"], {"mode": "linear"}, False),
+    "channels-9": (9, ["more"], {"mode": "linear"}, False),
+    "channels-by-axes": (18, ["", "two"], {"axes": [1, 2]}, False),
+    "channels-from-behind": (18, ["", "two"], {"axes": [-3, -2]}, False),
+    "ratio": (18, ["", "", "sizes"], {"keep_aspect_ratio_policy": "not_larger"}, False),
+    "crop": (13, ["roi", "scales"], {"mode": "linear", "coordinate_transformation_mode": "tf_crop_and_resize"}, False),
+}
+
+
+@pytest.mark.parametrize("name", RESIZES)
+def test_interpolation_hands_a_map_of_the_channels_on(name: str) -> None:
+    opset, inputs, attributes, folds = RESIZES[name]
+    numbers = {
+        "scales": np.array([1, 1, 2, 1.5], np.float32),
+        "more": np.array([1, 2, 2, 1], np.float32),
+        "slightly": np.array([1, 1.1, 2, 1], np.float32),
+        "two": np.array([2, 1.5], np.float32),
+        "empty": np.array([], np.float32),
+        "sizes": np.array([2, 4, 9, 5], np.int64),
+        "roi": np.array([0, 0, 0, 0, 1, 1, 2, 2], np.float32),
+    }
+    used = {key: value for key, value in numbers.items() if key in inputs}
+    if opset == 11 and "" in inputs[:1]:
+        used["none"] = np.array([], np.float32)
+        inputs = ["none", *inputs[1:]]
+    resize = node("Upsample" if opset < 10 else "Resize", ["c", *inputs], ["r"], **attributes)
+    proto = model(
+        [conv(), resize, batch_norm("r")], x=(2, 4, 8, 8), constants={**constants(), **used}, dtype=DOUBLE, opset=opset
+    )
+    graph = OnnxGraph(ModelFile.from_proto(proto))
+    outcome = pipeline.run(graph, [FOLD])
+    assert [remark.code for remark in (*outcome.applied, *outcome.missed)] == (["applied"] if folds else ["no-linear"])
+    if folds and opset >= 11:  # the evaluator knows no older one
+        result = graph.to_model().to_proto()
+        x = {"x": np.random.default_rng(3).standard_normal((2, 4, 8, 8))}
+        (found,), (wanted,) = (evaluator(one).run(None, x) for one in (result, proto))
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_interpolation_between_channels_of_a_number() -> None:
+    scales = {"scales": np.array([1, 1, 2, 2], np.float32), "f": np.array(3.0)}
+    nodes = [conv(), node("Resize", ["c", "", "scales"], ["r"]), node("Mul", ["r", "f"])]
+    proto = model(nodes, constants={**constants(), **scales}, dtype=DOUBLE)
+    assert op_types(applied(proto, FoldAffine()).graph) == ["Conv", "Resize"]

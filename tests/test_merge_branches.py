@@ -136,7 +136,7 @@ GEOMETRY = {
     "window": [conv("x", "a"), conv("x", "b", "p", pads=[0, 0, 0, 0]), node("Add", ["a", "b"])],
     "strides": [conv("x", "a", strides=[2, 2], **SAME), conv("x", "b", "p"), node("Add", ["a", "b"])],
     "shrinks": [conv("x", "a"), node("Add", ["a", "x"])],
-    "automatic": [conv("x", "a", auto_pad="SAME_UPPER"), node("Add", ["a", "x"])],
+    "automatic": [conv("x", "a", auto_pad="SAME_UPPER", dilations=[2, 2]), node("Add", ["a", "x"])],
     "transposed": [node("ConvTranspose", ["x", "w"], ["a"], pads=[1, 1, 1, 1]), node("Add", ["a", "x"])],
 }
 

@@ -378,16 +378,21 @@ def test_batch_norm_7_with_spatial_0_is_not_per_channel() -> None:
 
 
 @pytest.mark.parametrize(
-    ("attributes", "expected"),
+    ("attributes", "size", "expected"),
     [
-        ({}, ((0, 0), (0, 0))),
-        ({"pads": [1, 2, 3, 4]}, ((1, 3), (2, 4))),
-        ({"auto_pad": "VALID"}, ((0, 0), (0, 0))),
-        ({"auto_pad": "SAME_UPPER"}, None),
+        ({}, 8, ((0, 0), (0, 0))),
+        ({"pads": [1, 2, 3, 4]}, 8, ((1, 3), (2, 4))),
+        ({"auto_pad": "VALID"}, 8, ((0, 0), (0, 0))),
+        ({"auto_pad": "SAME_UPPER"}, 8, ((1, 1), (1, 1))),
+        ({"auto_pad": "SAME_UPPER", "strides": [1, 2]}, 8, ((1, 1), (0, 1))),
+        ({"auto_pad": "SAME_LOWER", "strides": [1, 2]}, 8, ((1, 1), (1, 0))),
+        ({"auto_pad": "SAME_UPPER"}, "H", None),
+        ({"auto_pad": "SAME_UPPER", "dilations": [2, 2]}, 8, None),
     ],
 )
-def test_padding(attributes: dict[str, object], expected: object) -> None:
-    graph = graph_of(model([conv("x", "y", **attributes)], constants={"w": conv_constants()["w"]}))
+def test_padding(attributes: dict[str, object], size: int | str, expected: object) -> None:
+    nodes = [conv("x", "y", **attributes)]
+    graph = graph_of(model(nodes, x=("N", 4, size, 8), constants={"w": conv_constants()["w"]}))
     assert the(graph, ops.Conv).padding == expected
 
 

@@ -35,7 +35,21 @@ from fuser.graphs.onnx_readers import (
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
 from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
-from fuser.ops import Constant, Conv, Dead, Duplicate, DuplicateConstant, Identity, Linear, Op, Value
+from fuser.ops import (
+    AveragePool,
+    Constant,
+    Conv,
+    Dead,
+    Duplicate,
+    DuplicateConstant,
+    Identity,
+    Linear,
+    MaxPool,
+    Op,
+    Pad,
+    Padding,
+    Value,
+)
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -166,6 +180,9 @@ class OnnxGraph:
         uses = self.wiring.uses(value)
         return self._freed([value], uses[0][0]) if len(uses) == 1 else 0
 
+    def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
+        return None  # any sides, any sizes
+
     def describe(self, x: Op | Value) -> str:
         if not isinstance(x, Op):
             return repr(x.name)
@@ -250,6 +267,16 @@ class OnnxGraph:
         if node.op == "Gemm":
             for name in ("alpha", "beta"):
                 node.attrs.pop(name, None)
+        self.edits += 1
+
+    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
+        node: gs.Node = op.node
+        self.wiring.set_input(node, 0, pad.input)
+        self.wiring.set_attribute(node, "pads", [before for before, _ in padding] + [after for _, after in padding])
+        node.attrs.pop("auto_pad", None)
+        if isinstance(op, AveragePool):
+            self.wiring.set_attribute(node, "count_include_pad", 1)
+        self._note_origin(node, pad.node)
         self.edits += 1
 
     def replace(self, op: Op, by: Value) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import onnx
@@ -56,20 +56,23 @@ def _patch_nodes(scope: Scope, wiring: Wiring, origins: Mapping[int, Sequence[st
         if proto is None:
             proto = OnnxExporter.export_node(node)
         elif id(node) in wiring.touched:
-            _patch_node(node, proto)
+            _patch_node(node, proto, wiring.new_attributes.get(id(node), ()))
         if id(node) in origins:
             _record_origins(proto, origins[id(node)], ir_version)
         kept.append(proto)
     _refill(scope.proto, "node", kept)
 
 
-def _patch_node(node: gs.Node, proto: NodeProto) -> None:
+def _patch_node(node: gs.Node, proto: NodeProto, new_attributes: Collection[str]) -> None:
     proto.op_type = node.op
     del proto.input[:], proto.output[:]
     proto.input.extend(tensor.name for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
     for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type not in NOT_IN_EDITOR]:
         proto.attribute.remove(attribute)
+    for attribute in [a for a in proto.attribute if a.name in new_attributes]:
+        proto.attribute.remove(attribute)
+    proto.attribute.extend(onnx.helper.make_attribute(name, node.attrs[name]) for name in sorted(new_attributes))
 
 
 def _record_origins(proto: NodeProto, origins: Sequence[str], ir_version: int) -> None:

@@ -6,14 +6,16 @@ Reading and writing share `OPERANDS`, so a constant is written where it was read
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from fuser import ops
+from fuser.graph import Array, Dim
 from fuser.graphs.onnx_values import numpy_dtype
 from fuser.remarks import Missed
 
@@ -103,8 +105,8 @@ def _conv(n: NodeReader) -> ops.Op:
     weight = n.required(1)
     spatial = n.rank(weight) - 2
     transposed = n.node.op == "ConvTranspose"
-    strides = tuple(n.attribute("strides") or [1] * spatial)
-    dilations = tuple(n.attribute("dilations") or [1] * spatial)
+    kernel = (n.graph.shape(weight) or ())[2:]
+    strides, dilations = _per_axis(n, "strides", spatial), _per_axis(n, "dilations", spatial)
     return ops.Conv(
         n.node,
         n.output,
@@ -115,19 +117,43 @@ def _conv(n: NodeReader) -> ops.Op:
         transposed=transposed,
         strides=strides,
         dilations=dilations,
-        padding=None if transposed and n.attribute("output_shape") else _padding(n, spatial),
+        padding=None if transposed and n.attribute("output_shape") else _padding(n, kernel, strides, dilations),
     )
 
 
-def _padding(n: NodeReader, spatial: int) -> tuple[tuple[int, int], ...] | None:
-    mode = n.attribute("auto_pad", "NOTSET")
+def _per_axis(n: NodeReader, name: str, spatial: int) -> tuple[int, ...]:
+    return tuple(n.attribute(name) or [1] * spatial)
+
+
+def _padding(
+    n: NodeReader, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int]
+) -> ops.Padding | None:
+    """What a window operator adds around its input; None where that depends on a size that is not known."""
+    mode, spatial = n.attribute("auto_pad", "NOTSET"), len(strides)
     if mode in ("SAME_UPPER", "SAME_LOWER"):
-        return None
+        return None if n.node.op == "ConvTranspose" else _same_padding(n, mode, kernel, strides, dilations)
     pads = list(n.attribute("pads") or []) if mode == "NOTSET" else []
     pads = pads or [0] * (2 * spatial)
     if len(pads) != 2 * spatial:
         raise Unreadable
     return tuple(zip(pads[:spatial], pads[spatial:], strict=True))
+
+
+def _same_padding(
+    n: NodeReader, mode: str, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int]
+) -> ops.Padding | None:
+    """So much that there are ceil(size / stride) windows; the odd element goes after, or before."""
+    sizes = (n.graph.shape(n.required(0)) or ())[2:]
+    if len(sizes) != len(strides) or not all(isinstance(size, int) for size in (*sizes, *kernel)):
+        return None
+    if any(dilation != 1 for dilation in dilations):  # runtimes disagree
+        return None
+    pairs = []
+    for size, width, stride in zip(sizes, kernel, strides, strict=True):
+        total = max(0, (-(-size // stride) - 1) * stride + width - size)  # type: ignore[operator]
+        less, more = total // 2, total - total // 2
+        pairs.append((less, more) if mode == "SAME_UPPER" else (more, less))
+    return tuple(pairs)
 
 
 def _gemm(n: NodeReader) -> ops.Op:
@@ -314,10 +340,127 @@ def _concat(n: NodeReader) -> ops.Op:
     return ops.Concat(n.node, n.output, inputs, n.axis(n.attribute("axis"), inputs[0]))
 
 
+def _pad(n: NodeReader) -> ops.Op:
+    return ops.Pad(n.node, n.output, n.required(0), _pads(n), _pad_value(n), n.attribute("mode", "constant"))
+
+
+def _pads(n: NodeReader) -> ops.Padding | Missed:
+    """An attribute before opset 11; an input since then, and of the axes that another input names since opset 18."""
+    pads = n.attribute("pads") if n.opset < 11 else n.graph.constant(n.required(1))
+    if isinstance(pads, Missed):
+        return pads
+    count = len(pads) // 2
+    axes = n.graph.constant(n.required(3)) if n.opset >= 18 and n.input(3) is not None else np.arange(-count, 0)
+    if isinstance(axes, Missed):
+        return axes
+    rank = n.graph.rank(n.required(0))
+    if rank is None and (axes >= 0).any():
+        return Missed("rank", f"how many axes {n.graph.describe(n.required(0))} has is not known")
+    from_behind = [int(axis) if axis < 0 else int(axis) - (rank or 0) for axis in axes]
+    pairs = dict(zip(from_behind, zip(map(int, pads[:count]), map(int, pads[count:]), strict=True), strict=True))
+    if len(pairs) != count:  # an axis is named twice
+        raise Unreadable
+    padded = [axis for axis, pair in pairs.items() if pair != (0, 0)]
+    return tuple(pairs.get(axis, (0, 0)) for axis in range(min(padded, default=0), 0))
+
+
+def _pad_value(n: NodeReader) -> float | Missed:
+    if n.opset >= 11 and n.input(2) is None:
+        return 0.0
+    if n.opset < 11:
+        element_type = n.graph.element_type(n.required(0))
+        dtype = None if element_type is None else numpy_dtype(element_type)
+        return _number(np.asarray(n.attribute("value", 0.0), dtype or np.float64))
+    value = n.graph.constant(n.required(2))
+    return value if isinstance(value, Missed) else _number(value)
+
+
+def _number(value: Array) -> float:
+    """The only element; -inf for the lowest number there is."""
+    if value.size != 1 or value.dtype.kind not in "fiuV":
+        raise Unreadable
+    info: Any = np.iinfo(value.dtype) if value.dtype.kind in "iu" else ml_dtypes.finfo(value.dtype)  # type: ignore[no-untyped-call]
+    number = float(value.reshape(-1)[0])
+    return -np.inf if number <= info.min else number
+
+
 def _average_pool(n: NodeReader) -> ops.Op:
     padded = any(n.attribute("pads") or []) or n.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     counted = bool(n.attribute("count_include_pad", 0)) and padded
-    return ops.AveragePool(n.node, n.output, n.required(0), pads_counted=counted or bool(n.attribute("ceil_mode", 0)))
+    return ops.AveragePool(
+        n.node, n.output, n.required(0), counted or bool(n.attribute("ceil_mode", 0)), window=_window(n)
+    )
+
+
+def _max_pool(n: NodeReader) -> ops.Op:
+    if n.extra_outputs:  # indices into the input, padding included
+        raise Unreadable
+    return ops.MaxPool(n.node, n.output, n.required(0), _window(n))
+
+
+def _window(n: NodeReader) -> ops.Window | None:
+    kernel = tuple(n.attribute("kernel_shape"))
+    strides, dilations = (_per_axis(n, name, len(kernel)) for name in ("strides", "dilations"))
+    padding = _padding(n, kernel, strides, dilations)
+    if padding is None or n.attribute("ceil_mode", 0) or any(dilation != 1 for dilation in dilations):
+        return None
+    return ops.Window(kernel, strides, padding)
+
+
+def _resize(n: NodeReader) -> ops.Op:
+    """Opset 7 and 9 say Upsample; a factor for each axis, or sizes, and since opset 18 for the axes that are named."""
+    if n.node.op == "Upsample":
+        keeps_channels = _is_one(np.asarray(n.attribute("scales")) if n.opset < 9 else n.known(1), 1)
+    elif n.attribute("coordinate_transformation_mode", "half_pixel") not in _KEEPS_EQUAL_SIZES:
+        raise Unreadable
+    elif n.opset < 11:
+        keeps_channels = _is_one(n.known(1), 1)
+    else:
+        keeps_channels = _keeps_channels(n)
+    if not keeps_channels or n.attribute("antialias", 0):
+        raise Unreadable
+    return ops.Resize(n.node, n.output, n.required(0))
+
+
+_KEEPS_EQUAL_SIZES = ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric")
+"""Where an axis that keeps its size keeps its elements, and no element comes from outside."""
+
+
+def _keeps_channels(n: NodeReader) -> bool:
+    value = n.required(0)
+    axes = n.attribute("axes")
+    axes = None if axes is None else [n.axis(axis, value) for axis in axes]
+    if axes is not None and 1 not in axes:
+        return True
+    place = 1 if axes is None else axes.index(1)
+    if n.input(3) is None or (n.input(2) is not None and n.graph.shape(n.required(2)) != (0,)):
+        return _is_one(n.known(2), place)
+    if n.attribute("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise Unreadable
+    before, after = n.graph.shape(value), n.graph.shape(n.output)
+    if before is None or len(before) < 2 or not isinstance(before[1], int):
+        return False
+    sizes = n.graph.constant(n.required(3))
+    if isinstance(sizes, Missed):
+        return after is not None and after[1] == before[1]
+    return bool(sizes[place] == before[1])
+
+
+def _is_one(scales: Array, place: int) -> bool:
+    return place < scales.size and bool(scales[place] == 1)
+
+
+def _at_least_zero(n: NodeReader) -> ops.Op:
+    return ops.Bounded(n.node, n.output, 0.0)
+
+
+def _clip(n: NodeReader) -> ops.Op:
+    limits = [n.attribute("min"), n.attribute("max")]
+    if n.opset >= 11:
+        limits = [n.known(i) if n.input(i) is not None else None for i in (1, 2)]
+    if limits[0] is None:
+        raise Unreadable
+    return ops.Bounded(n.node, n.output, min(float(limit) for limit in limits if limit is not None))
 
 
 def _global_average_pool(n: NodeReader) -> ops.Op:
@@ -364,9 +507,15 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Unsqueeze": (ops.Reshape, _reshape),
     "Transpose": (ops.Transpose, _transpose),
     "Concat": (ops.Concat, _concat),
+    "Pad": (ops.Pad, _pad),
     "AveragePool": (ops.AveragePool, _average_pool),
     "GlobalAveragePool": (ops.AveragePool, _global_average_pool),
     "ReduceMean": (ops.AveragePool, _reduce_mean),
+    "MaxPool": (ops.MaxPool, _max_pool),
+    "Resize": (ops.Resize, _resize),
+    "Upsample": (ops.Resize, _resize),
+    **dict.fromkeys(("Relu", "Sigmoid", "HardSigmoid", "Softmax"), (ops.Bounded, _at_least_zero)),
+    "Clip": (ops.Bounded, _clip),
     "DequantizeLinear": (ops.Dequantize, _dequantize),
 }
 """Operator of the default domain -> the kind of op it reads as, and its reader."""

@@ -90,6 +90,7 @@ class Wiring:
         self.scopes: list[Scope] = []
         self.erased: dict[int, gs.Node] = {}
         self.touched: dict[int, gs.Node] = {}
+        self.new_attributes: dict[int, set[str]] = {}
         self._scope: dict[int, Scope] = {}
         self._proto: dict[int, NodeProto] = {}
         self._home: dict[int, Scope] = {}
@@ -182,6 +183,12 @@ class Wiring:
         for position in range(length, len(node.inputs)):
             self._drop_use(node.inputs[position], node, position)
         list.__delitem__(node.inputs, slice(length, None))
+        self.touch(node)
+
+    def set_attribute(self, node: gs.Node, name: str, value: Any) -> None:
+        """Give the node an attribute in place of the one it has."""
+        node.attrs[name] = value
+        self.new_attributes.setdefault(id(node), set()).add(name)
         self.touch(node)
 
     def touch(self, node: gs.Node) -> None:

@@ -28,6 +28,7 @@ from fuser.graphs.torch_facts import Facts, common_dtype
 from fuser.graphs.torch_meta import TensorLike, Values, have_one_layout, meta_tensor
 from fuser.graphs.torch_names import is_tuple, name_sites, operator_name
 from fuser.graphs.torch_operands import BiasAdd, as_parameter, factors, new_constant, set_operands
+from fuser.graphs.torch_padding import memory_formats, refusal, set_padding
 from fuser.graphs.torch_purity import (
     can_be_dropped,
     is_fresh,
@@ -52,7 +53,7 @@ from fuser.graphs.torch_tracing import trace
 from fuser.graphs.torch_values import is_readable, to_array
 from fuser.graphs.torch_wiring import Wiring
 from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
-from fuser.ops import Constant, Dead, Duplicate, Identity, Op, Reshape, Value
+from fuser.ops import AveragePool, Constant, Conv, Dead, Duplicate, Identity, MaxPool, Op, Pad, Padding, Reshape, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -205,6 +206,13 @@ class TorchGraph:
             return tensor.numel() if len(self.readers(value)) == 1 else 0
         return self._freed(value) if isinstance(value, fx.Node) and len(value.users) == 1 else 0
 
+    def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
+        name = self.describe(op)
+        refused = refusal(op, name, padding)
+        if refused is None and not self._is_laid_out_alike(pad.output, pad.input):
+            return Missed("layout", f"{name} would lay out its result differently in memory")
+        return refused
+
     def describe(self, x: Op | Value) -> str:
         if isinstance(x, Op):
             return self._site(x.node)
@@ -319,6 +327,12 @@ class TorchGraph:
 
     def set_constants(self, op: Op, **arrays: Array | None) -> None:
         set_operands(self, self._wiring, self._constants, op, arrays)
+        self.edits += 1
+
+    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
+        set_padding(self._wiring, op, padding)
+        op.node.replace_input_with(pad.output, pad.input)
+        self._carrier.replaced(pad.output, pad.input)
         self.edits += 1
 
     def replace(self, op: Op, by: Value) -> None:
@@ -507,6 +521,13 @@ class TorchGraph:
         if old is not None and new is not None:
             return {} if have_one_layout(old, new) else self._wiring.meta.relaid(output, new)
         return {} if self._is_dense(by) or not self._is_dense(output) or not self._has_views else None
+
+    def _is_laid_out_alike(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether an operator lays out its result after the one as after the other."""
+        x, y = a.meta.get("val"), b.meta.get("val")
+        if isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor):
+            return self._wiring.meta.asks(lambda: memory_formats(x) == memory_formats(y))
+        return self._is_dense(b) or not self._has_views
 
     def _is_dense(self, value: fx.Node) -> bool:
         """Whether a value of unknown strides is sure to be in the order of its axes (or of `channels_last`)."""

@@ -88,6 +88,14 @@ _FUNCTIONS: dict[Any, OpOverload] = {
     F.avg_pool2d: aten.avg_pool2d.default,
     F.avg_pool3d: aten.avg_pool3d.default,
     torch.adaptive_avg_pool1d: aten.adaptive_avg_pool1d.default,
+    torch.constant_pad_nd: aten.constant_pad_nd.default,
+    torch.max_pool1d: aten.max_pool1d.default,
+    torch.max_pool2d: aten.max_pool2d.default,
+    torch.max_pool3d: aten.max_pool3d.default,
+    torch.relu: aten.relu.default,
+    torch.relu_: aten.relu_.default,
+    torch.clamp: aten.clamp.default,
+    torch.sigmoid: aten.sigmoid.default,
 }
 """Functions without a signature that Python can see, and the overload whose schema they follow."""
 
@@ -117,6 +125,11 @@ _METHODS: dict[str, OpOverload] = {
     "transpose": aten.transpose.int,
     "t": aten.t.default,
     "mean": aten.mean.dim,
+    "relu": aten.relu.default,
+    "relu_": aten.relu_.default,
+    "clamp": aten.clamp.default,
+    "clamp_": aten.clamp_.default,
+    "sigmoid": aten.sigmoid.default,
 }
 _PYTHON_FUNCTIONS: dict[Any, str] = {
     F.batch_norm: "batch_norm",
@@ -131,8 +144,20 @@ _PYTHON_FUNCTIONS: dict[Any, str] = {
     F.feature_alpha_dropout: "dropout",
     F.adaptive_avg_pool2d: "adaptive_avg_pool2d",
     F.adaptive_avg_pool3d: "adaptive_avg_pool3d",
+    F.interpolate: "interpolate",
+    F.pad: "pad",
+    F.relu: "relu",
+    F.relu6: "relu6",
+    F.hardtanh: "hardtanh",
 }
 """Functions whose own parameters are those a reader asks for."""
+
+_DISPATCHED: dict[Any, tuple[str, Any]] = {
+    F.max_pool1d: ("max_pool1d", F.max_pool1d_with_indices),
+    F.max_pool2d: ("max_pool2d", F.max_pool2d_with_indices),
+    F.max_pool3d: ("max_pool3d", F.max_pool3d_with_indices),
+}
+"""Functions that choose between two by an argument, and one whose parameters they share."""
 
 _VARIADIC = frozenset({"view", "reshape", "permute"})
 """Methods that take a tuple or its elements."""
@@ -159,12 +184,13 @@ def _of_function(target: Callable[..., Any]) -> Signature | None:
     if target in _FUNCTIONS:
         return _of_overload(_FUNCTIONS[target])
     if target in _PYTHON_FUNCTIONS:
-        parameters = inspect.signature(target).parameters.values()
-        return Signature(
-            _PYTHON_FUNCTIONS[target],
-            tuple(Parameter(p.name, p.default, p.kind is p.KEYWORD_ONLY) for p in parameters),
-        )
-    return None
+        return _of_python(_PYTHON_FUNCTIONS[target], target)
+    return _of_python(*_DISPATCHED[target]) if target in _DISPATCHED else None
+
+
+def _of_python(name: str, function: Callable[..., Any]) -> Signature:
+    parameters = inspect.signature(function).parameters.values()
+    return Signature(name, tuple(Parameter(p.name, p.default, p.kind is p.KEYWORD_ONLY) for p in parameters))
 
 
 @cache

@@ -27,7 +27,7 @@ _KEEPING_MODULES = frozenset(
             "ReLU ReLU6 LeakyReLU PReLU ELU CELU SELU GELU SiLU Mish Sigmoid Tanh Softplus Softsign Hardswish "
             "Hardsigmoid Hardtanh Threshold MaxPool1d MaxPool2d MaxPool3d AdaptiveMaxPool1d AdaptiveMaxPool2d "
             "AdaptiveMaxPool3d LPPool1d LPPool2d ZeroPad1d ZeroPad2d ZeroPad3d ReflectionPad1d ReflectionPad2d "
-            "ReplicationPad1d ReplicationPad2d ConstantPad1d ConstantPad2d"
+            "ReplicationPad1d ReplicationPad2d ConstantPad1d ConstantPad2d ConstantPad3d"
         ).split()
     }
 )

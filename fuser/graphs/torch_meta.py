@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -101,6 +101,14 @@ class Meta:
         except Exception:  # whatever an operator raises when it does not take the layout
             return None
         return new
+
+    def asks(self, question: Callable[[], bool]) -> bool:
+        """The answer to a question about recorded values; no, where it would depend on a symbolic size."""
+        try:
+            with self._evaluating():
+                return question()
+        except Exception:  # there are many types for what cannot be decided
+            return False
 
     def copy_format(self, node: fx.Node, value: Any) -> torch.memory_format:
         """The memory format in which a copy of `value` has the layout that `node` has."""

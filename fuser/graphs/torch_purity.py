@@ -154,11 +154,13 @@ def _is_quiet(module: nn.Module) -> bool:
     return not module.training and not getattr(module, "inplace", False) and not has_hooks(module)
 
 
-_FRESH_MODULES = ("conv", "batchnorm", "linear", "pooling", "activation", "normalization", "instancenorm", "padding")
+_FRESH_MODULES = frozenset(
+    "conv batchnorm linear pooling activation normalization instancenorm padding upsampling".split()
+)
 _FRESH_OPERATORS = re.compile(
     "(_?convolution|conv[123]d|conv_transpose[123]d|linear|addmm|mm|matmul|.*batch_norm.*|add|sub|mul|(true)?div|"
     "relu6?|silu|gelu|sigmoid|tanh|hard(tanh|swish|sigmoid)|leaky_relu|avg_pool[123]d|adaptive_avg_pool[123]d|"
-    "max_pool[123]d|cat|mean|clone)"
+    "max_pool[123]d|pad|constant_pad_nd|interpolate|_?upsample_.*|cat|mean|clone)"
 )
 
 

@@ -6,7 +6,7 @@ Reading and writing share `OPERANDS` and `MODULE_OPERANDS`, so a constant is wri
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from torch import fx, nn
 from fuser import ops
 from fuser.graphs.torch_calls import REQUIRED
 from fuser.graphs.torch_purity import has_hooks
+from fuser.remarks import Missed
 
 if TYPE_CHECKING:
     from fuser.graphs.torch import TorchGraph
@@ -338,7 +339,80 @@ def _average_pool(call: Call) -> ops.Op:
     if call.rank(value) != spatial + 2 or call.arguments.get("divisor_override") is not None:
         raise Unreadable
     padded = any(call.sizes("padding", spatial)) and bool(call.static("count_include_pad"))
-    return ops.AveragePool(call.node, call.node, value, pads_counted=padded or bool(call.static("ceil_mode")))
+    counted = padded or bool(call.static("ceil_mode"))
+    return ops.AveragePool(call.node, call.node, value, counted, _window(call, spatial))
+
+
+def _max_pool(call: Call) -> ops.Op:
+    if call.static("return_indices", False):
+        raise Unreadable
+    several = call.name in SEVERAL_OUTPUTS
+    return ops.MaxPool(
+        call.node,
+        call.graph.first_output(call.node, alone=True) if several else call.node,
+        call.required("self" if "self" in call.arguments else "input"),
+        _window(call, int(call.name.removesuffix("_with_indices")[-2])),
+    )
+
+
+def _window(call: Call, spatial: int) -> ops.Window | None:
+    size = call.sizes("kernel_size", spatial)
+    strides = call.sizes("stride", spatial) if call.static("stride") not in (None, [], ()) else size
+    dilated = "dilation" in call.arguments and any(step != 1 for step in call.sizes("dilation", spatial))
+    if dilated or call.static("ceil_mode"):
+        return None
+    return ops.Window(size, strides, tuple((side, side) for side in call.sizes("padding", spatial)))
+
+
+def _resize(call: Call) -> ops.Op:
+    """Of the spatial axes, whatever the mode and the sizes are."""
+    return ops.Resize(call.node, call.node, call.required("self" if "self" in call.arguments else "input"))
+
+
+def _pad(call: Call) -> ops.Op:
+    """(before, after) of the last axis comes first."""
+    value = call.required("self" if "self" in call.arguments else "input")
+    given = call.arguments["pad"]
+    if not isinstance(given, (list, tuple)) or len(given) % 2:
+        raise Unreadable
+    number = call.static("value", None)
+    return ops.Pad(
+        call.node,
+        call.node,
+        value,
+        _padding_of(given),
+        0.0 if number is None else _lowest(call.graph.dtype(value), number),
+        call.static("mode", "constant"),
+    )
+
+
+def _padding_of(given: Sequence[Any]) -> ops.Padding | Missed:
+    if not all(isinstance(side, int) for side in given):
+        return Missed("not-constant", "how much it pads is computed at run time")
+    pairs = list(zip(given[0::2], given[1::2], strict=True))
+    while pairs and pairs[-1] == (0, 0):
+        pairs.pop()
+    return tuple(reversed(pairs))
+
+
+def _lowest(dtype: torch.dtype | None, number: float) -> float:
+    """The number; -inf for the lowest that the type has."""
+    if dtype is None or dtype in (torch.bool, torch.complex64, torch.complex128):
+        return float(number)
+    info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
+    return float("-inf") if number <= info.min else float(number)
+
+
+def _at_least_zero(call: Call) -> ops.Op:
+    return ops.Bounded(call.node, call.node, 0.0)
+
+
+def _clamp(call: Call) -> ops.Op:
+    names = ("min_val", "max_val") if "min_val" in call.arguments else ("min", "max")
+    limits = [call.static(name, None) for name in names]
+    if limits[0] is None:
+        raise Unreadable
+    return ops.Bounded(call.node, call.node, min(float(limit) for limit in limits if limit is not None))
 
 
 def _adaptive_average_pool(call: Call) -> ops.Op:
@@ -404,13 +478,25 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     ),
     **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), (ops.AveragePool, _adaptive_average_pool)),
     "mean": (ops.AveragePool, _mean),
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), (ops.MaxPool, _max_pool)),
+    **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices"), (ops.MaxPool, _max_pool)),
+    **dict.fromkeys(("interpolate", "upsample_linear1d", "upsample_trilinear3d"), (ops.Resize, _resize)),
+    **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), (ops.Resize, _resize)),
+    **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"), (ops.Resize, _resize)),
+    **dict.fromkeys(
+        ("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"), (ops.Resize, _resize)
+    ),
+    **dict.fromkeys(("pad", "constant_pad_nd"), (ops.Pad, _pad)),
+    **dict.fromkeys(("relu", "relu_", "relu6", "relu6_", "sigmoid", "softmax"), (ops.Bounded, _at_least_zero)),
+    **dict.fromkeys(("hardtanh", "hardtanh_", "clamp", "clamp_"), (ops.Bounded, _clamp)),
     "dequantize_per_channel": (ops.Dequantize, _dequantize),
 }
 """ATen operator -> the kind of op it reads as, and its reader."""
 
 SEVERAL_OUTPUTS = frozenset(
-    [name for name, (kind, _) in READERS.items() if kind is ops.BatchNorm and name != "batch_norm"]
-    + ["native_layer_norm", "native_group_norm"]
+    name
+    for name, (kind, _) in READERS.items()
+    if (kind is ops.BatchNorm and name != "batch_norm") or name.endswith("_with_indices") or name.startswith("native_")
 )
 """Operators that return a tuple; the vocabulary's output is its first element."""
 
@@ -557,17 +643,46 @@ def _flatten_module(call: ModuleCall) -> ops.Op:
 
 
 def _average_pool_module(call: ModuleCall) -> ops.Op:
-    module = call.module
-    padding = (module.padding,) if isinstance(module.padding, int) else module.padding
-    if getattr(module, "divisor_override", None) is not None or call.rank() != POOLS[type(module)] + 2:
+    module, spatial = call.module, POOLS[type(call.module)]
+    if getattr(module, "divisor_override", None) is not None or call.rank() != spatial + 2:
         raise Unreadable
+    counted = (any(_tuple(module.padding, spatial)) and module.count_include_pad) or module.ceil_mode
     return ops.AveragePool(
-        call.node,
-        call.node,
-        call.input,
-        pads_counted=(any(padding) and module.count_include_pad) or module.ceil_mode,
-        hooked=call.hooked,
+        call.node, call.node, call.input, counted, _module_window(module, spatial), hooked=call.hooked
     )
+
+
+def _max_pool_module(call: ModuleCall) -> ops.Op:
+    if call.module.return_indices:
+        raise Unreadable
+    window = _module_window(call.module, MAX_POOLS[type(call.module)])
+    return ops.MaxPool(call.node, call.node, call.input, window, hooked=call.hooked)
+
+
+def _module_window(module: Any, spatial: int) -> ops.Window | None:
+    if module.ceil_mode or any(step != 1 for step in _tuple(getattr(module, "dilation", 1), spatial)):
+        return None
+    size, strides, padding = (_tuple(value, spatial) for value in (module.kernel_size, module.stride, module.padding))
+    return ops.Window(size, strides, tuple((side, side) for side in padding))
+
+
+def _tuple(value: Any, count: int) -> tuple[int, ...]:
+    return (value,) * count if isinstance(value, int) else tuple(value)
+
+
+def _pad_module(call: ModuleCall) -> ops.Op:
+    module = call.module
+    value = _lowest(call.graph.dtype(call.input), getattr(module, "value", 0.0))
+    mode = PADS[type(module)]
+    return ops.Pad(call.node, call.node, call.input, _padding_of(module.padding), value, mode, hooked=call.hooked)
+
+
+def _resize_module(call: ModuleCall) -> ops.Op:
+    return ops.Resize(call.node, call.node, call.input, hooked=call.hooked)
+
+
+def _at_least_zero_module(call: ModuleCall) -> ops.Op:
+    return ops.Bounded(call.node, call.node, 0.0, hooked=call.hooked)
 
 
 def _adaptive_average_pool_module(call: ModuleCall) -> ops.Op:
@@ -585,6 +700,22 @@ POOLS: dict[type[nn.Module], int] = {
     nn.AdaptiveAvgPool3d: 3,
 }
 """Average pooling module -> number of spatial axes."""
+
+MAX_POOLS: dict[type[nn.Module], int] = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+"""Max pooling module -> number of spatial axes."""
+
+PADS: dict[type[nn.Module], str] = {
+    getattr(nn, f"{kind}Pad{axes}d"): mode
+    for kind, mode in (
+        ("Zero", "constant"),
+        ("Constant", "constant"),
+        ("Reflection", "reflect"),
+        ("Replication", "replicate"),
+        ("Circular", "circular"),
+    )
+    for axes in (1, 2, 3)
+}
+"""Padding module -> what `torch.nn.functional.pad` calls its mode."""
 
 CONVS: dict[type[nn.Module], int] = {
     nn.Conv1d: 1,
@@ -616,6 +747,10 @@ MODULE_READERS: dict[type[nn.Module], tuple[type[ops.Op], ModuleReader]] = {
         (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
         (ops.AveragePool, _adaptive_average_pool_module),
     ),
+    **dict.fromkeys(MAX_POOLS, (ops.MaxPool, _max_pool_module)),
+    **dict.fromkeys(PADS, (ops.Pad, _pad_module)),
+    **dict.fromkeys((nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d), (ops.Resize, _resize_module)),
+    **dict.fromkeys((nn.ReLU, nn.ReLU6, nn.Sigmoid), (ops.Bounded, _at_least_zero_module)),
 }
 """Module class, taken exactly (a subclass may do anything), -> the kind of op it reads as, and its reader."""
 
