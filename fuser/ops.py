@@ -120,7 +120,10 @@ class Elementwise(Op):
 
 @dataclass(frozen=True, eq=False)
 class Identity(Op):
-    """y = input: Identity, Dropout in eval mode, a Cast to the type it has, x * 1, a Reshape to the same shape."""
+    """y = input: Identity, Dropout in eval mode, a Cast to the type it has.
+
+    `Graph.ops(Identity)` finds ops of other kinds, too, where they change nothing: x * 1, a Reshape to the same shape.
+    """
 
     input: Value
 

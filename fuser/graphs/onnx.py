@@ -34,7 +34,7 @@ from fuser.graphs.onnx_readers import (
 )
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
-from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
+from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import Constant, Conv, Dead, Duplicate, DuplicateConstant, Identity, Linear, Op, Value
 from fuser.remarks import Missed
 
@@ -101,6 +101,8 @@ class OnnxGraph:
                 if node.op not in operators or self.wiring.is_erased(node) or self.known.is_foldable(node):
                     continue
                 op = self.read(node)
+                if op is not None and kind is Identity:
+                    op = as_identity(self, op)
                 if isinstance(op, kind) and op.node is node:
                     yield op
 
@@ -118,11 +120,9 @@ class OnnxGraph:
         if not is_standard(node) or node.op not in READERS or scope.opset < OLDEST_OPSET or scope.frozen:
             return None
         try:
-            op = READERS[node.op][1](NodeReader(self, node, scope.opset))
+            return READERS[node.op][1](NodeReader(self, node, scope.opset))
         except Unreadable:
             return None
-        value = handed_on(self, op)
-        return op if value is None else Identity(op.node, op.output, value)
 
     def op_producing(self, value: Value) -> Op | None:
         node = self.producer(value)
