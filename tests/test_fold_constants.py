@@ -14,6 +14,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx_models import conv, conv_constants, model, node, op_types
 from rewriting import applied, refused, rewritten
 
+import fuser
+
 FOLD = FoldConstants()
 
 
@@ -52,6 +54,10 @@ def test_grows() -> None:
     tensors = {"zero": np.zeros(1, np.float32), "shape": np.array([4, 200, 200])}
     proto = model(nodes, constants=tensors, x=("N", 4, 200, 200))
     assert refused(proto, FOLD) == {"grows": 1}
+    story = fuser.explain(proto, passes=["fold-constants"])
+    assert [remark.remedy for remark in story.missed] == ["--max-growth=159996 allows that"]
+    assert len(fuser.explain(proto, passes=["fold-constants"], max_growth=159_996).applied) == 1
+    assert len(fuser.explain(proto, passes=["fold-constants"], max_growth=159_995).applied) == 0
     assert op_types(applied(proto, FoldConstants(max_growth=10**6), bound=0).graph) == ["Add"]
 
 

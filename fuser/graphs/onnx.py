@@ -75,6 +75,7 @@ class OnnxGraph:
         self.known = KnownValues(model, self.wiring, set() if formal else backed, frozen=freeze_inputs)
         self._duplicate_constants = DuplicateConstants(model, self.wiring, self.known)
         self.wiring.scopes[0].changed = bool(self._removed)
+        self._zeros: dict[int, bool] = {}
         self._origins: dict[int, list[str]] = {}
         self._readings: dict[int, Op | None] = {}
         self._read_at = 0
@@ -223,6 +224,13 @@ class OnnxGraph:
     def is_known(self, value: gs.Tensor) -> bool:
         """Whether the value is known before run time, without computing it."""
         return value in self.known
+
+    def is_zero(self, value: gs.Tensor) -> bool:
+        """Whether all elements of a known value are zeros."""
+        if id(value) not in self._zeros:
+            array = self.known.value(value)
+            self._zeros[id(value)] = not isinstance(array, Missed) and not array.any()
+        return self._zeros[id(value)]
 
     def element_type(self, value: gs.Tensor) -> int | None:
         """The ONNX element type, where it is known."""
