@@ -198,7 +198,7 @@ class Constant(Op):
 
 @dataclass(frozen=True, eq=False)
 class Dead(Op):
-    """A node without side effects whose outputs nobody reads."""
+    """A node without side effects whose outputs nobody reads; no node for a constant that the model only stores."""
 
 
 @dataclass(frozen=True, eq=False)

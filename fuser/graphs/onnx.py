@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import GraphProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
@@ -288,7 +289,7 @@ class OnnxGraph:
             uses = self.wiring.uses(output)
             if not uses:
                 continue
-            value = self.known.evaluate(output) if output in self.known else self.known.reshape_target(output)
+            value = self.known.evaluate(output) if output in self.known else self._only_a_target(node)
             assert value is not None  # otherwise it is no `Constant`
             constant = self._new_constant(self.wiring.scope(node), output.name, value, node)
             for reader, position in uses:
@@ -297,7 +298,10 @@ class OnnxGraph:
         self.edits += 1
 
     def erase(self, op: Op) -> None:
-        self.wiring.erase(op.node)
+        if op.node is None:
+            self.wiring.drop_unread(op.output)
+        else:
+            self.wiring.erase(op.node)
         self.edits += 1
 
     def commit(self) -> None:
@@ -335,16 +339,18 @@ class OnnxGraph:
             yield Constant(node, node.outputs[0], elements_freed=freed, elements_made=made)
 
     def _only_a_target(self, node: gs.Node) -> Array | None:
-        """What the node makes where only Reshapes read it, as their target: one size need not be known."""
+        """What may stand for the output of a node that only Reshapes read, as their target; see `reshape_target`."""
         output = node.outputs[0] if len(node.outputs) == 1 else None
-        if output is None or output in self.known:
-            return None
-        uses = self.wiring.uses(output)
-        are_targets = (
-            reader.op == "Reshape" and position == 1 and is_standard(reader) and not reader.attrs.get("allowzero")
-            for reader, position in uses
-        )
-        return self.known.reshape_target(output) if uses and all(are_targets) else None
+        uses = [] if output is None or output in self.known else self.wiring.uses(output)
+        targets: list[Array] = []
+        for reader, position in uses:
+            if reader.op != "Reshape" or position != 1 or not is_standard(reader) or reader.attrs.get("allowzero"):
+                return None
+            target = self.known.reshape_target(output, reader.inputs[0])
+            if target is None or (targets and not np.array_equal(target, targets[0])):
+                return None
+            targets.append(target)
+        return targets[0] if targets else None
 
     def _freed(self, tensors: Sequence[gs.Tensor], reader: gs.Node) -> int:
         """How many elements of constants nobody reads any more once `reader` does not read `tensors`."""
@@ -372,6 +378,9 @@ class OnnxGraph:
                 continue
             if not self.wiring.is_read(node):
                 yield Dead(node, node.outputs[0] if node.outputs else None)
+        for tensor in self.wiring.unread:
+            if tensor.name not in self.wiring.scopes[0].dropped:
+                yield Dead(None, tensor)
 
     def _duplicate_ops(self) -> Iterator[Duplicate]:
         for node, twin in duplicate_nodes(self.wiring):
