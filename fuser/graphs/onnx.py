@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import GraphProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
@@ -34,7 +35,7 @@ from fuser.graphs.onnx_readers import (
 )
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
-from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
+from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
     AveragePool,
     Constant,
@@ -89,6 +90,7 @@ class OnnxGraph:
         self.known = KnownValues(model, self.wiring, set() if formal else backed, frozen=freeze_inputs)
         self._duplicate_constants = DuplicateConstants(model, self.wiring, self.known)
         self.wiring.scopes[0].changed = bool(self._removed)
+        self._zeros: dict[int, bool] = {}
         self._origins: dict[int, list[str]] = {}
         self._readings: dict[int, Op | None] = {}
         self._read_at = 0
@@ -115,6 +117,8 @@ class OnnxGraph:
                 if node.op not in operators or self.wiring.is_erased(node) or self.known.is_foldable(node):
                     continue
                 op = self.read(node)
+                if op is not None and kind is Identity:
+                    op = as_identity(self, op)
                 if isinstance(op, kind) and op.node is node:
                     yield op
 
@@ -132,11 +136,9 @@ class OnnxGraph:
         if not is_standard(node) or node.op not in READERS or scope.opset < OLDEST_OPSET or scope.frozen:
             return None
         try:
-            op = READERS[node.op][1](NodeReader(self, node, scope.opset))
+            return READERS[node.op][1](NodeReader(self, node, scope.opset))
         except Unreadable:
             return None
-        value = handed_on(self, op)
-        return op if value is None else Identity(op.node, op.output, value)
 
     def op_producing(self, value: Value) -> Op | None:
         node = self.producer(value)
@@ -241,6 +243,13 @@ class OnnxGraph:
         """Whether the value is known before run time, without computing it."""
         return value in self.known
 
+    def is_zero(self, value: gs.Tensor) -> bool:
+        """Whether all elements of a known value are zeros."""
+        if id(value) not in self._zeros:
+            array = self.known.value(value)
+            self._zeros[id(value)] = not isinstance(array, Missed) and not array.any()
+        return self._zeros[id(value)]
+
     def element_type(self, value: gs.Tensor) -> int | None:
         """The ONNX element type, where it is known."""
         return self.known.element_type(value)
@@ -307,7 +316,7 @@ class OnnxGraph:
             uses = self.wiring.uses(output)
             if not uses:
                 continue
-            value = self.known.evaluate(output) if output in self.known else self.known.reshape_target(output)
+            value = self.known.evaluate(output) if output in self.known else self._only_a_target(node)
             assert value is not None  # otherwise it is no `Constant`
             constant = self._new_constant(self.wiring.scope(node), output.name, value, node)
             for reader, position in uses:
@@ -316,7 +325,10 @@ class OnnxGraph:
         self.edits += 1
 
     def erase(self, op: Op) -> None:
-        self.wiring.erase(op.node)
+        if op.node is None:
+            self.wiring.drop_unread(op.output)
+        else:
+            self.wiring.erase(op.node)
         self.edits += 1
 
     def commit(self) -> None:
@@ -354,16 +366,18 @@ class OnnxGraph:
             yield Constant(node, node.outputs[0], elements_freed=freed, elements_made=made)
 
     def _only_a_target(self, node: gs.Node) -> Array | None:
-        """What the node makes where only Reshapes read it, as their target: one size need not be known."""
+        """What may stand for the output of a node that only Reshapes read, as their target; see `reshape_target`."""
         output = node.outputs[0] if len(node.outputs) == 1 else None
-        if output is None or output in self.known:
-            return None
-        uses = self.wiring.uses(output)
-        are_targets = (
-            reader.op == "Reshape" and position == 1 and is_standard(reader) and not reader.attrs.get("allowzero")
-            for reader, position in uses
-        )
-        return self.known.reshape_target(output) if uses and all(are_targets) else None
+        uses = [] if output is None or output in self.known else self.wiring.uses(output)
+        targets: list[Array] = []
+        for reader, position in uses:
+            if reader.op != "Reshape" or position != 1 or not is_standard(reader) or reader.attrs.get("allowzero"):
+                return None
+            target = self.known.reshape_target(output, reader.inputs[0])
+            if target is None or (targets and not np.array_equal(target, targets[0])):
+                return None
+            targets.append(target)
+        return targets[0] if targets else None
 
     def _freed(self, tensors: Sequence[gs.Tensor], reader: gs.Node) -> int:
         """How many elements of constants nobody reads any more once `reader` does not read `tensors`."""
@@ -391,6 +405,9 @@ class OnnxGraph:
                 continue
             if not self.wiring.is_read(node):
                 yield Dead(node, node.outputs[0] if node.outputs else None)
+        for tensor in self.wiring.unread:
+            if tensor.name not in self.wiring.scopes[0].dropped:
+                yield Dead(None, tensor)
 
     def _duplicate_ops(self) -> Iterator[Duplicate]:
         for node, twin in duplicate_nodes(self.wiring):
