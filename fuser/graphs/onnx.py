@@ -33,6 +33,7 @@ from fuser.graphs.onnx_readers import (
     bias_add,
     bias_position,
 )
+from fuser.graphs.onnx_sequences import split_sequence
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
 from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
@@ -46,9 +47,11 @@ from fuser.ops import (
     Identity,
     Linear,
     MaxPool,
+    Movement,
     Op,
     Pad,
     Padding,
+    SplitSequence,
     Value,
 )
 from fuser.remarks import Missed
@@ -60,6 +63,9 @@ _NOT_COUNTED = frozenset(
     "LSTM GRU RNN Einsum Attention DeformConv ConvInteger MatMulInteger QLinearConv QLinearMatMul".split()
 )
 """What multiplies and adds in ways that are not counted."""
+
+SPLIT_TAKES_SIZES_SINCE = 13
+"""Before that opset the sizes of a Split are an attribute."""
 
 FORMAL_INPUTS_BEFORE_IR = 4
 """Before IR 4 every initializer had to be listed as an input; it was a formality, and nobody replaced them."""
@@ -107,6 +113,12 @@ class OnnxGraph:
             yield from self._dead_ops()  # type: ignore[misc]
         elif kind is Duplicate:
             yield from self._duplicate_ops()  # type: ignore[misc]
+        elif kind is SplitSequence:
+            for node in self.wiring.order:
+                if node.op != "SplitToSequence" or self.wiring.is_erased(node) or not self._is_read_here(node):
+                    continue
+                if (found := split_sequence(self, node)) is not None:
+                    yield found  # type: ignore[misc]
         elif kind is DuplicateConstant:
             for constant, twin in self._duplicate_constants:
                 yield DuplicateConstant(self.producer(constant), constant, twin)  # type: ignore[misc]
@@ -133,7 +145,7 @@ class OnnxGraph:
 
     def _read(self, node: gs.Node) -> Op | None:
         scope = self.wiring.scope(node)
-        if not is_standard(node) or node.op not in READERS or scope.opset < OLDEST_OPSET or scope.frozen:
+        if node.op not in READERS or not self._is_read_here(node):
             return None
         try:
             return READERS[node.op][1](NodeReader(self, node, scope.opset))
@@ -295,7 +307,9 @@ class OnnxGraph:
             for node in self._nodes(op):
                 self.wiring.erase(node)
             for output, value in pairs:
-                self._redirect(output, value)
+                # What is known, and declared, of a name has to stay true of it.
+                same = not isinstance(op, Movement) or self.known.shape(output) == self.known.shape(value)
+                self._redirect(output, value, may_rename=same)
         else:
             self._become_identity(op.node, by)
         if producer is not None and op.node is not None:
@@ -324,6 +338,27 @@ class OnnxGraph:
         self.wiring.erase(node)
         self.edits += 1
 
+    def split(self, op: SplitSequence) -> None:
+        node, scope = op.node, self.wiring.scope(op.node)
+        assert op.sizes is not None
+        outputs = [gs.Variable(self._fresh(f"{op.output.name}_{i}")) for i in range(len(op.sizes))]
+        for index, value in op.taken:
+            self.wiring.erase(self.producer(value))
+            outputs[index] = value
+        attributes: dict[str, int | list[int]] = {"axis": op.axis}
+        inputs = [op.input]
+        if scope.opset < SPLIT_TAKES_SIZES_SINCE:
+            attributes["split"] = list(op.sizes)
+        else:
+            inputs.append(self._new_constant(scope, f"{op.output.name}.sizes", np.array(op.sizes, np.int64), node))
+        split = gs.Node("Split", node.name or self._fresh(f"{op.output.name}_split"), attributes)
+        self.wiring.insert(split, before=node)
+        self.wiring.erase(node)
+        self.wiring.link(split, inputs, outputs)
+        for output in outputs:
+            self.wiring.adopt(scope, output)
+        self.edits += 1
+
     def erase(self, op: Op) -> None:
         if op.node is None:
             self.wiring.drop_unread(op.output)
@@ -341,6 +376,13 @@ class OnnxGraph:
         if any(scope.changed for scope in self.wiring.scopes):
             onnx_carrier.patch(self._model.proto, self.wiring, self._origins, self._removed)
         return self._model
+
+    def _is_read_here(self, node: gs.Node) -> bool:
+        """Whether nodes like this one, where it is, are understood at all."""
+        scope = self.wiring.scope(node)
+        return (
+            is_standard(node) and scope.opset >= OLDEST_OPSET and not scope.frozen and not self.wiring.is_erased(node)
+        )
 
     # -- ops that are found, not read
 
@@ -430,11 +472,11 @@ class OnnxGraph:
             return False
         return self.same_scope(producer, op.node)
 
-    def _redirect(self, output: gs.Tensor, value: gs.Tensor) -> None:
+    def _redirect(self, output: gs.Tensor, value: gs.Tensor, *, may_rename: bool) -> None:
         """Readers of `output`, whose node is gone, read `value`."""
         readers, others = self.wiring.uses(output), self.wiring.uses(value)
         producer = self.producer(value)
-        renames = producer is not None and not others and self.same_scope(producer, output.inputs[0])
+        renames = may_rename and producer is not None and not others and self.same_scope(producer, output.inputs[0])
         if self.wiring.public(output) or (renames and not self.wiring.public(value)):
             # The producer writes under the name of what goes: its readers keep their bytes.
             self.wiring.set_output(producer, value, output)
