@@ -15,8 +15,10 @@ import onnx
 import pytest
 import torch
 from onnx_models import batch_norm, conv, conv_constants, model, node
+from typer.testing import CliRunner
 
 from fuser import registry
+from fuser.cli import app
 from fuser.pages import page, refusals_of
 
 ROOT = Path(__file__).parents[1]
@@ -137,16 +139,10 @@ def test_a_docstring_has_the_equation_and_every_refusal(info: Any) -> None:
             assert set(codes) <= every[why[len("as for [") :].partition("]")[0]]
 
 
-def test_the_command_prints_the_same_page() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "fuser", "passes", "fold-batch-norm"], capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == (ROOT / "passes" / "docs" / "fold-batch-norm.md").read_text()
-
-
-def test_pages_are_written_to_a_folder(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fuser", "passes", "--pages", str(tmp_path / "new")]
-    subprocess.run(command, check=True, timeout=60)
+def test_the_command_prints_and_writes_the_same_pages(tmp_path: Path) -> None:
+    said = CliRunner().invoke(app, ["passes", "fold-batch-norm"])
+    assert said.stdout == (ROOT / "passes" / "docs" / "fold-batch-norm.md").read_text()
+    assert CliRunner().invoke(app, ["passes", "--pages", str(tmp_path / "new")]).exit_code == 0
     assert {path.stem for path in (tmp_path / "new").iterdir()} == {info.name for info in registry.load().passes}
 
 
