@@ -30,9 +30,9 @@ RUN_ELSEWHERE = {
     "make test": "runs this test",
     "pip install .": "what made this environment",
     "pip install ./example": "test_third_party installs the example, and runs its commands and its tests",
-    "fuser passes erase-neutral": "there, too",
-    "fuser explain model.onnx --passes erase-neutral": "there, too",
-    "fuser optimize model.onnx --passes erase-neutral": "there, too",
+    "fuser passes cancel-transposes": "there, too",
+    "fuser explain model.onnx --passes cancel-transposes": "there, too",
+    "fuser optimize model.onnx --passes cancel-transposes": "there, too",
     "pytest example": "there, too",
 }
 
@@ -96,7 +96,7 @@ def test_the_tutorial_shows_the_files_of_the_example() -> None:
     tutorial, example = ROOT / "passes" / "README.md", ROOT / "passes" / "example"
     shown = [*blocks(tutorial, "python"), *blocks(tutorial, "toml")]
     assert shown == [
-        (example / name).read_text() for name in ("erase_neutral.py", "test_erase_neutral.py", "pyproject.toml")
+        (example / name).read_text() for name in ("cancel_transposes.py", "test_cancel_transposes.py", "pyproject.toml")
     ]
 
 
