@@ -550,3 +550,11 @@ def test_a_constant_that_others_read_is_not_freed() -> None:
     op = the(graph_of(model(nodes, constants={"w": np.ones((4, 4, 3, 3), np.float32)})), ops.Constant)
     assert isinstance(op, ops.Constant)
     assert (op.elements_made, op.elements_freed) == (144, 0)
+
+
+def test_a_negative_size_is_not_known() -> None:
+    proto = model([conv()], constants=conv_constants())
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    graph = graph_of(proto)
+    assert graph.shape(the(graph, ops.Conv).input) == (None, 4, 8, 8)
+    assert graph.summary().multiply_adds is None

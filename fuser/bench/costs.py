@@ -110,7 +110,7 @@ def onnx_multiply_adds(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...] | None:
     tensor = value.type.tensor_type
-    if not tensor.HasField("shape") or not all(d.HasField("dim_value") for d in tensor.shape.dim):
+    if not tensor.HasField("shape") or not all(d.HasField("dim_value") and d.dim_value >= 0 for d in tensor.shape.dim):
         return None
     return tuple(d.dim_value for d in tensor.shape.dim)
 

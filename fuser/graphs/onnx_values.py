@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, numpy_helper
 
 from fuser.graph import Array, Dim
 
@@ -153,9 +153,14 @@ def type_and_shape(info: onnx.ValueInfoProto) -> tuple[int, Shape | None]:
     tensor = info.type.tensor_type
     if not tensor.HasField("shape"):
         return tensor.elem_type, None
-    return tensor.elem_type, tuple(
-        dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim
-    )
+    return tensor.elem_type, tuple(map(_size, tensor.shape.dim))
+
+
+def _size(dim: TensorShapeProto.Dimension) -> int | str | None:
+    """Some exporters write -1 for a size that is not known."""
+    if dim.HasField("dim_value"):
+        return dim.dim_value if dim.dim_value >= 0 else None
+    return dim.dim_param or None
 
 
 def infer_shapes(
