@@ -243,6 +243,19 @@ def test_a_shared_weight_is_not_freed() -> None:
     assert refused(model(nodes, constants=CONSTANTS, dtype=DOUBLE, x=(5, 6)), MERGE) == {"grows": 1}
 
 
+def test_numbers_that_stay_for_others_are_not_counted() -> None:
+    """18 numbers are fewer than 24 and 12, and more than the 12 that would go."""
+    nodes = [
+        node("MatMul", ["x", "k"], ["h"]),
+        node("MatMul", ["h", "l"], ["p"]),
+        node("Relu", ["x"], ["r"]),
+        node("MatMul", ["r", "k"], ["q"]),
+        node("Concat", ["p", "q"], axis=1),
+    ]
+    proto = model(nodes, constants=tensors(k=(6, 4), l=(4, 3)), dtype=DOUBLE, x=(5, 6))
+    assert refused(proto, MERGE) == {"grows": 1}
+
+
 def test_what_is_not_constant() -> None:
     for name in ("m", "n"):
         proto = model(
