@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The constraint keeps pip from fetching a CUDA build of torch.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 
-.PHONY: demo test lint fuzz clean
+.PHONY: demo test lint fuzz docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo.py
@@ -20,6 +20,9 @@ lint: $(VENV)/.test
 
 fuzz: $(VENV)/.test
 	$(BIN)/python -m pytest -m fuzz
+
+docs: $(VENV)/.test
+	$(BIN)/python -m fuser passes --pages passes/docs
 
 $(VENV)/.%: pyproject.toml .ci/constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,23 +1,26 @@
-"""How time and memory grow with the model: chains of (Conv, BatchNorm, Relu), one wide graph, one large file.
+"""How time and memory grow with the model: chains of (Conv, BatchNorm, Relu), wide graphs, large files.
 
-    python benchmarks/scale.py                      # chains up to 33,000 triples (100,000 nodes), and a wide graph
+    python benchmarks/scale.py                      # chains up to 33,000 triples (100,000 nodes), and wide graphs
     python benchmarks/scale.py --triples 1000 4000
-    python benchmarks/scale.py --large              # also a 0.94 GB file
+    python benchmarks/scale.py --peers              # every peer that is installed runs on the same files
+    python benchmarks/scale.py --large              # also 0.94 GB in one file, and 4 GB with external data
 
-Every run is a fresh process; seconds are its wall time without the start of the interpreter and its imports, memory
-is its highest resident set.  Installed peers run on the same files (`--peers`); one that takes longer than
-`--timeout` is said so.
+Every run is a fresh process.  Seconds are its wall time without the start of the interpreter and its imports, of
+short runs the best of three; memory is the highest resident set of any process of the run.  The exponent is the slope
+of log(seconds) over log(nodes): 1 is linear, 2 quadratic.  A tool that takes longer than `--timeout` is said so, and
+not asked for what is larger still.  "fuser" rewrites and checks each rewrite on a window, "fuser, verified" also runs
+both models and compares them, which no peer does unless asked.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +30,9 @@ from rich.console import Console
 from rich.table import Table
 
 CHANNELS = 4
+
+SHORT = 3.0
+"""Seconds up to which a run is repeated."""
 
 RUN = """
 import json, resource, time
@@ -40,14 +46,14 @@ if status.exists():
     peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
 else:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 print(json.dumps([seconds, peak / 1024]))
 """
 
+OURS = "import fuser.api, fuser.files, fuser.graphs.onnx"
 TOOLS = {
-    "fuser": (
-        "import fuser.api, fuser.files, fuser.graphs.onnx",
-        "fuser.optimize({source!r}, {target!r}, verify=False)",
-    ),
+    "fuser": (OURS, "fuser.optimize({source!r}, {target!r}, verify=False)"),
+    "fuser, verified": (OURS, "fuser.optimize({source!r}, {target!r}, verify={whole})"),
     "onnxslim": ("import onnxslim", "onnxslim.slim({source!r}, {target!r})"),
     "onnxsim": ("import onnx, onnxsim", "onnx.save(onnxsim.simplify(onnx.load({source!r}))[0], {target!r})"),
     "onnxscript": (
@@ -121,65 +127,128 @@ def finished(
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
 
 
-def measure(tool: str, source: Path, timeout: float) -> tuple[float, float] | str:
+def external(folder: Path, layers: int, channels: int = 512) -> Path:
+    """A chain of 3x3 convolutions whose weights lie in a data file; written without ever being in memory."""
+    rng = np.random.default_rng(0)
+    model = chain(layers, channels=1)
+    weights = {f"w{i}": rng.standard_normal((channels, channels, 3, 3), np.float32) / 68 for i in range(4)}
+    path, offset = folder / "model.onnx", 0
+    with open(folder / "model.onnx.data", "wb") as data:
+        for tensor in model.graph.initializer:
+            array = weights.get(f"w{int(tensor.name[1:]) % 4}") if tensor.name[0] == "w" else None
+            if array is None:
+                tensor.CopyFrom(
+                    numpy_helper.from_array(rng.uniform(0.5, 1.5, channels).astype(np.float32), tensor.name)
+                )
+                continue
+            tensor.ClearField("raw_data")
+            tensor.dims[:] = array.shape
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", data.name.split("/")[-1]), ("offset", offset), ("length", array.nbytes)):
+                tensor.external_data.add(key=key, value=str(value))
+            offset += data.write(array.data)
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[1].dim_value = channels
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def measure(tool: str, source: Path, timeout: float, whole: bool) -> tuple[float, float] | str:
     """(seconds, peak MB), or what went wrong in a few words."""
-    target = source.with_name(f"out-{tool}.onnx")
+    target = source.with_name("out.onnx")
     setup, call = TOOLS[tool]
-    script = RUN.format(setup=setup, call=call.format(source=str(source), target=str(target)))
-    try:
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired:
-        return f"over {timeout:g} s"
-    finally:
-        for path in source.parent.glob(f"{target.name}*"):
-            path.unlink()
-    if done.returncode:
-        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:40]
-    seconds, megabytes = json.loads(done.stdout.strip().splitlines()[-1])
-    return seconds, megabytes
+    options = {"source": str(source), "target": str(target), "whole": repr("whole" if whole else True)}
+    script = RUN.format(setup=setup, call=call.format(**options))
+    best: tuple[float, float] | None = None
+    for _ in range(3):
+        try:
+            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return f"over {timeout:g} s"
+        finally:
+            for path in source.parent.glob(f"{target.name}*"):
+                path.unlink()
+        if done.returncode:
+            return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:40]
+        seconds, megabytes = json.loads(done.stdout.strip().splitlines()[-1])
+        if best is None or seconds < best[0]:
+            best = seconds, megabytes
+        if seconds > SHORT:
+            break
+    assert best is not None
+    return best
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """The slope of log(seconds) over log(size): 1 is linear growth, 2 quadratic."""
+    """The slope of log(seconds) over log(size)."""
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
-def compare(kind: str, models: dict[int, onnx.ModelProto], tools: list[str], timeout: float, folder: Path) -> Table:
-    table = Table("nodes", *[f"{tool}: s, MB" for tool in tools], title=f"{kind}", box=None, title_justify="left")
+def compare(title: str, files: Iterator[Path], tools: list[str], timeout: float, whole: bool = False) -> Table:
+    """A row for each file, largest last, a column for each tool; then the exponents."""
+    table = Table("nodes", "MB", *[f"{tool}: s, MB" for tool in tools], title=title, box=None, title_justify="left")
     times: dict[str, list[tuple[int, float]]] = {tool: [] for tool in tools}
-    for model in models.values():
+    late: set[str] = set()
+    for path in files:
+        nodes = len(onnx.load(path, load_external_data=False).graph.node)
+        size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+        row = [f"{nodes:,}", f"{size / 1e6:,.0f}"]
+        for tool in tools:
+            found = "not run" if tool in late else measure(tool, path, timeout, whole)
+            if isinstance(found, str):
+                late.add(tool)
+                row.append(found)
+            else:
+                row.append(f"{found[0]:.2f}, {found[1]:,.0f}")
+                times[tool].append((nodes, found[0]))
+        table.add_row(*row)
+    slopes = [exponent(*map(list, zip(*t, strict=True))) if len(t) > 1 else None for t in times.values()]
+    if any(slope is not None for slope in slopes):
+        table.add_row("exponent", "", *["" if slope is None else f"{slope:.2f}" for slope in slopes])
+    return table
+
+
+def saved(folder: Path, models: Iterable[onnx.ModelProto]) -> Iterator[Path]:
+    """Each model in a file, one after the other."""
+    for model in models:
         path = folder / "model.onnx"
         onnx.save(model, path)
-        row = [f"{len(model.graph.node):,}"]
-        for tool in tools:
-            found = measure(tool, path, timeout)
-            row.append(found if isinstance(found, str) else f"{found[0]:.2f}, {found[1]:.0f}")
-            if not isinstance(found, str):
-                times[tool].append((len(model.graph.node), found[0]))
-        table.add_row(*row)
-    exponents = [exponent(*map(list, zip(*t, strict=True))) if len(t) > 1 else None for t in times.values()]
-    table.add_row("exponent", *["" if e is None else f"{e:.2f}" for e in exponents])
-    return table
+        yield path
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--triples", type=int, nargs="+", default=[1000, 4000, 11000, 33000])
-    parser.add_argument("--large", action="store_true", help="also a file of 0.94 GB")
+    parser.add_argument(
+        "--large", action="store_true", help="also 0.94 GB in one file and, ours alone, 4 GB outside it"
+    )
     parser.add_argument("--peers", action="store_true", help="also every peer that is installed")
-    parser.add_argument("--timeout", type=float, default=120, help="seconds for one run")
+    parser.add_argument("--timeout", type=float, default=60, help="seconds for one run")
     options = parser.parse_args()
-    tools = [t for t in TOOLS if t in ("fuser",) or (options.peers and importlib.util.find_spec(t))]
-    console = Console(width=160)
+    ours = [tool for tool in TOOLS if tool.startswith("fuser")]
+    tools = ours + [tool for tool in TOOLS if tool not in ours and options.peers and usable(tool)]
+    console = Console(width=200)
     console.print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, onnx {onnx.__version__}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        chains = {n: chain(n) for n in options.triples}
-        console.print(compare("chains of Conv, BatchNorm, Relu", chains, tools, options.timeout, folder))
-        console.print(compare("wide", {n: wide(n) for n in options.triples[:-1]}, tools, options.timeout, folder))
+        chains = saved(folder, (chain(n) for n in options.triples))
+        console.print(compare("chains of Conv, BatchNorm, Relu", chains, tools, options.timeout))
+        branches = saved(folder, (wide(n) for n in options.triples[:-1]))
+        console.print(
+            compare("one value read by thousands, whose results one Concat joins", branches, tools, options.timeout)
+        )
         if options.large:
-            large = {100: chain(100, channels=512, kernel=3)}
-            console.print(compare("100 convolutions of 512x512x3x3: 0.94 GB", large, tools, options.timeout, folder))
+            large = saved(folder, (chain(n, channels=512, kernel=3) for n in (100,)))
+            console.print(
+                compare("100 convolutions of 512x512x3x3 in one file", large, tools, options.timeout, whole=True)
+            )
+            huge = iter([external(folder, 430)])
+            console.print(compare("430 of them with external data", huge, ours[:1], 10 * options.timeout))
+
+
+def usable(tool: str) -> bool:
+    """Whether a peer is installed, with all that it needs."""
+    return subprocess.run([sys.executable, "-c", TOOLS[tool][0]], capture_output=True).returncode == 0
 
 
 if __name__ == "__main__":

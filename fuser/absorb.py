@@ -42,6 +42,10 @@ MAX_SPREAD = 1 << 24
 """How many elements a map may be spread over to follow it through a change of shape."""
 
 
+MAX_COPY = 1 << 22
+"""How many elements a copy of a shared weight may have: more than a convolution's, less than a table of embeddings'."""
+
+
 @dataclass(frozen=True, eq=False)
 class Take:
     """A linear operator that can take `affine`: applied to its output, or else to its input."""
@@ -113,11 +117,14 @@ class Walker:
             edits += found
         for edit in edits:
             for field in edit.arrays.keys() & {"weight", "scale"}:
-                if len(self.graph.readers(getattr(edit.op, field))) < 2:
+                if self.graph.freed(getattr(edit.op, field)):
                     continue
                 if self.shared_weights == "refuse":
                     return shared_weights(self.graph, edit.op)
-                notes.append(f" (its own copy of a shared weight: {edit.arrays[field].nbytes:,} bytes)")
+                copy = f"its own copy of a shared weight: {edit.arrays[field].nbytes:,} bytes"
+                if edit.arrays[field].size > MAX_COPY:
+                    return Missed("grows", f"{self.graph.describe(edit.op)} would need {copy}")
+                notes.append(f" ({copy})")
         names = ", ".join(self.graph.describe(take.op) for take in takes)
         return Absorption(tuple(edits), f"into {names}{''.join(notes)}")
 
@@ -162,7 +169,7 @@ class Walker:
                     return Missed("padding", f"{self.graph.describe(op)} averages over padding zeros, too")
                 return m
             case Reshape():
-                return self._through_reshape(op, self.graph.shape(op.output), self.graph.shape(op.input), m)
+                return self._through_reshape(op, op.output, op.input, m)
         return Missed("no-linear", f"{self.graph.describe(op)}, which feeds it, is not a linear operator")
 
     def _concat_after(self, op: Concat, m: Map, depth: int) -> Takes:
@@ -252,11 +259,11 @@ class Walker:
             case Identity():
                 return m
             case Transpose():
-                return m if m.axis is None else m.along(op.permutation.index(m.axis))
+                return m if m.axis is None else m.along(op.permutation.index(m.axis % len(op.permutation)))
             case AveragePool() | Resize():
                 return self._before(op, m)  # the channels stay where they are
             case Reshape():
-                return self._through_reshape(op, self.graph.shape(op.input), self.graph.shape(op.output), m)
+                return self._through_reshape(op, op.input, op.output, m)
         return Missed("no-linear", f"{self.graph.describe(op)}, which reads it, cannot take it")
 
     def _in_concat(self, value: Value, op: Concat, m: Map) -> Map | Missed:
@@ -287,7 +294,7 @@ class Walker:
         return [Take(op, m.affine, after=False)]
 
     def _linear_before(self, op: Linear, m: Map) -> Takes:
-        if m.axis is not None:
+        if m.axis is not None and m.axis != op.in_axis:
             rank = self.graph.rank(op.input)
             if rank is None:
                 return _unknown_rank(self.graph.describe(op))
@@ -389,18 +396,31 @@ class Walker:
         assert isinstance(op, Conv)
         return layout_of(op).outputs([int(dim) for dim in weight if dim is not None])
 
-    def _through_reshape(
-        self, op: Op, source: Sequence[Dim] | None, target: Sequence[Dim] | None, m: Map
-    ) -> Map | Missed:
-        """The map after a change of shape from `source` to `target`, where it is still one along an axis."""
+    def _through_reshape(self, op: Reshape, source: Value, target: Value, m: Map) -> Map | Missed:
+        """The map of `target` that is the map `m` of `source`, where it is still one along an axis."""
         if m.axis is None:
             return m
-        moved = None if source is None or target is None else moved_axis(source, target, m)
+        here, there = self.graph.shape(source), self.graph.shape(target)
+        moved = None if here is None or there is None else moved_axis(here, there, m.along(m.axis % len(here)))
+        if moved is None:
+            moved = self._kept_axis(op, source, target, m)
         if moved is None:
             return Missed(
                 "axis-mismatch", f"after {self.graph.describe(op)} it is not known to be a map along one axis"
             )
         return moved
+
+    def _kept_axis(self, op: Reshape, source: Value, target: Value, m: Map) -> Map | None:
+        """The map along an axis that the reshape leaves as it is; for that no sizes have to be known."""
+        assert m.axis is not None
+        if m.axis < 0:
+            return m if op.back else None
+        if m.axis < op.front:
+            return m
+        here, there = self.graph.rank(source), self.graph.rank(target)
+        if here is None or there is None or m.axis < here - op.back:
+            return None
+        return m.along(m.axis - here + there)
 
 
 def element_readers(graph: Graph, value: Value) -> list[Reader]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from functools import cache
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import ml_dtypes
 import numpy as np
@@ -178,32 +179,43 @@ def agree(
     rounding the new constants explains.  It shares no indexing with what computed them.
     """
     outputs = layout.outputs(new.weight.shape)
-    for channel in {0, outputs // 2, outputs - 1} if outputs else ():
-        weight, block = layout.window(old.weight, channel)
-        x = np.cos(np.arange(1.0, weight.size + 1))
-        seen = x
-        if before is not None:
-            part = ChannelAffine(before.scale[block], before.shift[block])
-            seen = part(x.reshape(weight.shape), 0).reshape(-1)
-        value, size = _product(weight, seen)
-        bias = _last(old.bias, channel)
-        value, size = old.alpha * value + bias, abs(old.alpha) * size + abs(bias)
-        if after is not None:
-            scale, shift = float(after.scale[channel]), float(after.shift[channel])
-            value, size = value * scale + shift, size * abs(scale) + abs(shift)
-        new_value, new_size = _product(layout.window(new.weight, channel)[0], x)
-        new_bias = _last(new.bias, channel)
-        new_value, new_size = new_value + new_bias, new_size + abs(new_bias)
-        bound = rounding(new.weight.dtype, new_size, x.size) + 1e-12 * (size + new_size)
-        if not abs(value - new_value) <= bound:
-            return False
-    return True
+    if not outputs:
+        return True
+    channels = sorted({0, outputs // 2, outputs - 1})
+    weights = _windows(old.weight, layout, channels)
+    x = np.cos(np.arange(1.0, weights[0].size + 1)).reshape(weights[0].shape)
+    seen = x
+    if before is not None:
+        blocks = [layout.window(old.weight, channel)[1] for channel in channels]
+        seen = x * np.stack([before.scale[block, None] for block in blocks])
+        seen = seen + np.stack([before.shift[block, None] for block in blocks])
+    value, size = _products(weights, seen)
+    bias = _first_row(old.bias, channels)
+    value, size = old.alpha * value + bias, abs(old.alpha) * size + np.abs(bias)
+    if after is not None:
+        scale, shift = after.scale[channels], after.shift[channels]
+        value, size = value * scale + shift, size * np.abs(scale) + np.abs(shift)
+    new_value, new_size = _products(_windows(new.weight, layout, channels), x)
+    bias = _first_row(new.bias, channels)
+    new_value, new_size = new_value + bias, new_size + np.abs(bias)
+    bound = rounding(new.weight.dtype, new_size, x.size) + 1e-12 * (size + new_size)
+    return bool((np.abs(value - new_value) <= bound).all())
 
 
-def rounding(dtype: np.dtype[Any], magnitude: float, count: int) -> float:
+F = TypeVar("F", float, Array)
+
+
+def rounding(dtype: np.dtype[Any], magnitude: F, count: int) -> F:
     """A bound on what rounding `count` constants to `dtype` changes in a sum of products of this magnitude."""
-    precision = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
-    return float(precision.eps) * magnitude + float(precision.smallest_subnormal) * (count + 1)
+    eps, tiniest = _precision(dtype)
+    return eps * magnitude + tiniest * (count + 1)
+
+
+@cache
+def _precision(dtype: np.dtype[Any]) -> tuple[float, float]:
+    """The spacing at 1, and at 0."""
+    info = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return float(info.eps), float(info.smallest_subnormal)
 
 
 def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
@@ -214,9 +226,9 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
 
 def is_finite(array: Array) -> bool:
     """Whether every element is a finite number; without a copy as large as the array."""
-    return (
-        all(bool(np.isfinite(array[rows]).all()) for rows in chunks(array)) if array.ndim else bool(np.isfinite(array))
-    )
+    if array.size <= CHUNK:
+        return bool(np.isfinite(array).all())
+    return all(bool(np.isfinite(array[rows]).all()) for rows in chunks(array))
 
 
 def chunks(array: Array) -> Iterator[slice]:
@@ -226,15 +238,25 @@ def chunks(array: Array) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, array.shape[0], step))
 
 
-def _product(weight: Array, x: Array) -> tuple[float, float]:
-    """(sum, sum of magnitudes) of weight * x."""
-    products = _float64(weight).reshape(-1) * x
-    return float(products.sum()), float(np.abs(products).sum())
+def _windows(weight: Array, layout: WeightLayout, channels: Sequence[int]) -> Array:
+    """What a few output channels are made of: [channels, Cin/groups, taps]."""
+    if layout.transposed:
+        windows = np.stack([layout.window(weight, channel)[0] for channel in channels])
+    else:
+        windows = weight[channels]  # the same, in one step
+    return _float64(windows).reshape(*windows.shape[:2], -1)
 
 
-def _last(bias: Array, channel: int) -> float:
-    """The bias of one channel, in the first row where rows differ."""
-    return float(bias.reshape(-1, bias.shape[-1])[0, channel])
+def _products(weights: Array, x: Array) -> tuple[Array, Array]:
+    """(sum, sum of magnitudes) of weight * x, for each channel."""
+    products = (weights * x).reshape(len(weights), -1)
+    return products.sum(axis=1), np.abs(products).sum(axis=1)
+
+
+def _first_row(bias: Array, channels: Sequence[int]) -> Array:
+    """The biases of a few channels, in the first row where rows differ."""
+    found: Array = bias.reshape(-1, bias.shape[-1])[0, channels]
+    return found
 
 
 def _float64(array: Array) -> Array:

@@ -100,6 +100,7 @@ def optimize(
 
     with source, ExitStack() as stack:
         job = Job(source, chosen, progress)
+        job.report.warnings += _set_aside(passes)
         if verify:
             check = _check(source, stack, example_inputs, example_kwargs, inputs, input_shapes)
         job.rewrite()
@@ -133,6 +134,7 @@ def explain(
         freeze_inputs=freeze_inputs,
     ) as source:
         job = Job(source, chosen, progress)
+        job.report.warnings += _set_aside(passes)
         job.rewrite()
         return job.report
 
@@ -182,6 +184,11 @@ def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: s
     return registry.load().select(passes, skip, shared_weights=shared_weights)
 
 
+def _set_aside(passes: Iterable[str] | None) -> list[str]:
+    """The installed passes that cannot be used, where all were asked for."""
+    return [str(broken) for broken in registry.load().broken] if passes is None else []
+
+
 def _check(
     source: Source,
     stack: ExitStack,
@@ -193,8 +200,9 @@ def _check(
     """How a rewritten model compares with the source's original; the processes for that end with `stack`."""
     from fuser import proof
     from fuser.proof.runners import Workers
+    from fuser.proof.sides import Original
 
-    workers = stack.enter_context(Workers())
+    workers, original = stack.enter_context(Workers()), stack.enter_context(Original())
     if source.is_onnx:
         workers.first.start()  # it imports what it needs while the passes run
 
@@ -209,6 +217,7 @@ def _check(
             contract=contract.value,
             removed_inputs=source.removable_inputs,
             workers=workers,
+            original=original,
         )
 
     return check

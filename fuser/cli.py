@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -203,6 +204,7 @@ def explain(
         return
     for remark in (*story.applied, *story.missed):
         print(remark)
+    out.print(story.change_table())
     print(f"{len(story.applied)} would be applied, {len(story.missed)} missed; nothing was written")
 
 
@@ -344,21 +346,36 @@ def bench(
 
 
 @app.command("passes")
-def list_passes() -> None:
-    """The registered passes, in the order in which they run."""
+def list_passes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="A pass to print the page of.")] = None,
+    pages: Annotated[
+        Path | None, typer.Option("--pages", metavar="DIR", help="Write a page for each pass, DIR/NAME.md.")
+    ] = None,
+) -> None:
+    """The registered passes in the order in which they run; or the page of one: equation, refusals, contract."""
     from fuser import registry
+    from fuser.pages import page
 
     found = registry.load()
+    if name is not None:
+        print(page(found.info(name)), end="")
+        return
+    if pages is not None:
+        pages.mkdir(parents=True, exist_ok=True)
+        for info in found.passes:
+            (pages / f"{info.name}.md").write_text(page(info))
+        return
     table = Table("pass", "contract", "hosts", "from", "what it does", box=None, pad_edge=False)
     for info in found.passes:
         table.add_row(info.name, info.cls.contract.value, ", ".join(info.cls.hosts), info.owner, info.summary)
     out.print(table)
     for broken in found.broken:
-        err.print(f"warning: the pass {broken.name} of {broken.owner} cannot be used: {broken.reason}", markup=False)
+        err.print(f"warning: {broken}", markup=False)
 
 
 def main() -> None:
     """The console script."""
+    gc.disable()  # a graph is many linked objects that stay; the cyclic collector would visit them again and again
     try:
         app(_with_values(sys.argv[1:]))
     except FuserError as error:
@@ -372,6 +389,8 @@ def main() -> None:
         if os.environ.get("FUSER_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (FUSER_DEBUG=1 shows where)", 1)
+    finally:
+        gc.freeze()  # nor is there anything to collect at the end
 
 
 def _with_values(args: list[str]) -> list[str]:

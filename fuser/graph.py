@@ -37,11 +37,16 @@ class Reader(NamedTuple):
 @dataclass
 class Summary:
     """What a graph is made of.  `ops` counts node types under the names its users know; `bytes` counts the
-    constants as they are stored, each shared tensor once."""
+    constants as they are stored, each shared tensor once.
+
+    multiply_adds: of one inference, in convolutions and matrix products; a dynamic first axis of an input counts as
+        one sample.  None where another size is not known, and where an operator may run many times or never.
+    """
 
     ops: dict[str, int] = field(default_factory=dict)
     parameters: int = 0
     bytes: int = 0
+    multiply_adds: int | None = None
 
 
 class Graph(Protocol):
@@ -93,8 +98,12 @@ class Graph(Protocol):
         """Whether every reader sees the same elements: nobody writes into the value, or into a view of it."""
         ...
 
+    def freed(self, value: Value) -> int:
+        """How many elements of stored constants nobody would read any more if one reader of `value` let go of it."""
+        ...
+
     def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
-        """Why `set_padding` with the same arguments has no way to be written in this graph; None where it has.
+        """Why `op` cannot read the input of `pad` and add `padding` by itself in this graph; None where it can.
 
         Codes: `asymmetric` (torch pads both sides alike), `window` (a pool pads by no more than half a window),
         `layout` (the result would be laid out differently in memory).
@@ -111,16 +120,17 @@ class Graph(Protocol):
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array) -> None:
+    def set_constants(self, op: Op, **arrays: Array | None) -> None:
         """Give this call site new constants, by the names of the op's fields (`weight`, `bias`, ...).
 
-        New names, and nobody else's change.  An absent operand is added.  A `Linear` is left with
-        alpha = beta = 1.  Each array has the dtype that is to be stored.
+        New names, and nobody else's change.  An absent operand is added, and None takes an optional one away.
+        A `Linear` is left with alpha = beta = 1.  Each array has the dtype that is to be stored.
+        A weight may make another number of outputs if `replace` then lets them stand for a value of that size.
         """
         ...
 
-    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
-        """Let `op` read the input of `pad`, and add `padding` by itself; the zeros of an average count."""
+    def set_padding(self, op: Conv | AveragePool | MaxPool, padding: Padding) -> None:
+        """Let the op add so much around its input; the zeros of an average count."""
         ...
 
     def replace(self, op: Op, by: Value) -> None:
@@ -128,6 +138,10 @@ class Graph(Protocol):
 
         Readers of the further outputs of a `Duplicate` read those of its twin.
         """
+        ...
+
+    def set_input(self, op: Op, value: Value) -> None:
+        """Let the op read `value`, which may be of another size, as its input."""
         ...
 
     def replace_with_constant(self, op: Op) -> None:

@@ -44,6 +44,7 @@ class Job:
         self._progress = progress or (lambda stage: None)
         self.report = Report(source.name)
         self._candidate: Candidate | None = None
+        self._attempts = 0
 
     def rewrite(self) -> None:
         """Run the passes; one that fails is set aside, with a warning, and the others start over.
@@ -136,6 +137,9 @@ class Job:
         self, passes: Passes, left_out: frozenset[Rewrite], stop_after: int | None = None
     ) -> tuple[Report, Candidate]:
         story = Report(self._source.name)
+        if self._attempts:
+            gc.collect()  # the graph of the last attempt
+        self._attempts += 1
         with _no_collector():
             with self.stage("read"):
                 graph = self._source.graph()

@@ -63,8 +63,8 @@ def optimize_many(
     Args:
         paths: .onnx files; their names have to differ, whatever folders they are in.
         output_dir: made if it does not exist.  For an executor of other machines: a folder that they share.
-        executor: any `concurrent.futures.Executor`, that of Dask (`Client.get_executor()`) or Ray included; it is
-            not shut down.  By default each job has a process of its own, so that a crash harms one file only.
+        executor: any `concurrent.futures.Executor`, that of a cluster included (Dask's `Client.get_executor()`); it
+            is not shut down.  By default each job has a process of its own, so that a crash harms one file only.
         jobs: how many run at a time without an `executor`; one for each core by default.
         progress: called with each outcome, in the order in which they come in.
         options: as for `optimize`; they apply to all.

@@ -14,7 +14,10 @@ from fuser.remarks import Missed
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """An affine map of a value along `axis`; None for a scalar, which is the same along every axis."""
+    """An affine map of a value along `axis`; None for a scalar, which is the same along every axis.
+
+    axis: -1 where only that is known: it is the last one.
+    """
 
     affine: ChannelAffine
     axis: int | None

@@ -33,7 +33,16 @@ class Op:
 
 
 @dataclass(frozen=True, eq=False)
-class Conv(Op):
+class LinearOperator(Op):
+    """y = W input + b: a `Conv` or a `Linear`."""
+
+    input: Value
+    weight: Value
+    bias: Value | None
+
+
+@dataclass(frozen=True, eq=False)
+class Conv(LinearOperator):
     """y = conv(input, weight) + bias over axis 1 of [N, Cin, *spatial]; transposed convolutions included.
 
     weight: [Cout, Cin/groups, *kernel], or [Cin, Cout/groups, *kernel] when transposed.
@@ -41,18 +50,20 @@ class Conv(Op):
         not made of zeros.
     """
 
-    input: Value
-    weight: Value
-    bias: Value | None
     groups: int = 1
     transposed: bool = False
     strides: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
     padding: Padding | None = None
 
+    @property
+    def out_axis(self) -> int:
+        """The axis of the weight along which the outputs are (those of one group, when transposed)."""
+        return 1 if self.transposed else 0
+
 
 @dataclass(frozen=True, eq=False)
-class Linear(Op):
+class Linear(LinearOperator):
     """y = alpha * (input @ weight) + beta * bias, where the weight is a matrix.
 
     weight: [out, in] when `out_axis` is 0, [in, out] when it is 1.
@@ -61,9 +72,6 @@ class Linear(Op):
     The features come out on the last axis.
     """
 
-    input: Value
-    weight: Value
-    bias: Value | None
     out_axis: int = 0
     in_axis: int = -1
     alpha: float = 1.0
@@ -90,6 +98,22 @@ class BatchNorm(Op):
 
 
 @dataclass(frozen=True, eq=False)
+class Normalization(Op):
+    """y = n(input) * scale + bias, where n uses the statistics of the input itself: LayerNorm, RMSNorm, GroupNorm.
+
+    scale and bias are [C] along `axis`, or None where the layer has none.
+    axis: never negative, except for -1 where the number of axes is not known.
+    keeps_scale: the operator cannot be called without a scale.
+    """
+
+    input: Value
+    scale: Value | None
+    bias: Value | None
+    axis: int
+    keeps_scale: bool = False
+
+
+@dataclass(frozen=True, eq=False)
 class Elementwise(Op):
     """y = left `function` right with the broadcasting of numpy; function is one of + - * /."""
 
@@ -100,23 +124,35 @@ class Elementwise(Op):
 
 @dataclass(frozen=True, eq=False)
 class Identity(Op):
-    """y = input: Identity, Dropout in eval mode, a Cast to the type it has."""
+    """y = input: Identity, Dropout in eval mode, a Cast to the type it has, x * 1, a Reshape to the same shape."""
 
     input: Value
 
 
 @dataclass(frozen=True, eq=False)
-class Reshape(Op):
-    """y has the elements of `input` in the same order in another shape: Flatten, Squeeze, Unsqueeze too."""
+class Movement(Op):
+    """y has each element of `input` once; nothing is computed."""
 
     input: Value
 
 
 @dataclass(frozen=True, eq=False)
-class Transpose(Op):
+class Reshape(Movement):
+    """y has the elements of `input` in the same order in another shape: Flatten, Squeeze, Unsqueeze too.
+
+    front, back: so many axes in front, and at the back, are sure to be those of the input, whatever the sizes are.
+    absolute: the shape of y does not depend on that of `input`, but for its number of elements.
+    """
+
+    front: int = 0
+    back: int = 0
+    absolute: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Transpose(Movement):
     """Axis i of y is axis permutation[i] of `input`."""
 
-    input: Value
     permutation: tuple[int, ...]
 
 

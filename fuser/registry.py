@@ -28,12 +28,16 @@ class PassInfo:
     cls: type[RewritePass[Any, Any]]
 
     @property
-    def summary(self) -> str:
-        """The first line of what it says of itself: of its file, where the file is that one pass."""
+    def documentation(self) -> str:
+        """What it says of itself: its file's docstring, where the file is that one pass, else its class's."""
         module = inspect.getmodule(self.cls)
         alone = module is not None and module.__name__.rpartition(".")[2].replace("_", "-") == self.name
-        doc = inspect.getdoc(module if alone else self.cls) or ""
-        return doc.split("\n", 1)[0]
+        return inspect.getdoc(module if alone else self.cls) or ""
+
+    @property
+    def summary(self) -> str:
+        """The first line of that."""
+        return self.documentation.split("\n", 1)[0]
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class BrokenPass:
     name: str
     owner: str
     reason: str
+
+    def __str__(self) -> str:
+        return f"the pass {self.name} of {self.owner} cannot be used: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -68,10 +75,17 @@ class Registry:
                 raise InputError(self._unknown(name))
         return [_create(known[name].cls, options) for name in names if name not in skip]
 
+    def info(self, name: str) -> PassInfo:
+        """The pass of that name; raises `InputError` where none is registered."""
+        for info in self.passes:
+            if info.name == name:
+                return info
+        raise InputError(self._unknown(name))
+
     def _unknown(self, name: str) -> str:
         for broken in self.broken:
             if broken.name == name:
-                return f"the pass {name!r} of {broken.owner} cannot be used: {broken.reason}"
+                return str(broken)
         return f"there is no pass {name!r}; the passes are {', '.join(info.name for info in self.passes)}"
 
 
@@ -89,7 +103,7 @@ def load() -> Registry:
             continue
         try:
             passes[point.name] = PassInfo(point.name, owner, _checked(point))
-        except Exception as error:  # whatever a stranger's import may raise
+        except (Exception, SystemExit) as error:  # whatever a stranger's import may raise
             broken.append(BrokenPass(point.name, owner, f"{type(error).__name__}: {error}"))
     # Exact passes clean up for the others; beyond that the fixed point makes order a matter of speed alone.
     ordered = sorted(
@@ -110,6 +124,7 @@ def _checked(point: EntryPoint) -> type[RewritePass[Any, Any]]:
         raise TypeError(f"{point.value} does not define {', '.join(sorted(cls.__abstractmethods__))}")
     if getattr(cls, "name", None) != point.name:
         raise TypeError(f"{point.value} calls itself {getattr(cls, 'name', None)!r}, its entry point {point.name!r}")
+    _create(cls, {})
     return cls
 
 

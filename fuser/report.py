@@ -23,7 +23,7 @@ class Report:
     """The story of one run.
 
     model: what was optimized, as a person would call it.
-    before, after: node counts, parameters and bytes.
+    before, after: node counts, parameters, bytes and multiply-adds.
     applied, missed: one remark for each candidate.
     verification: figures of the equivalence check, None where none was made; `unverified` says why not.
     warnings: what a person should know even if all went well.
@@ -78,7 +78,7 @@ class Report:
 
     def render(self, *, verbose: bool = False) -> RenderableType:
         """Tables for a terminal; `verbose` adds a line for each candidate."""
-        parts: list[RenderableType] = [self._passes_table(), self._change_table()]
+        parts: list[RenderableType] = [self._passes_table(), self.change_table()]
         if verbose:
             parts += [Text(str(remark)) for remark in (*self.applied, *self.missed)]
         elif self.missed:
@@ -122,7 +122,8 @@ class Report:
                 table.add_row(run.name, run.contract, str(run.applied), str(run.missed), f"{run.seconds:.2f}")
         return table
 
-    def _change_table(self) -> Table:
+    def change_table(self) -> Table:
+        """What the model is made of and what it costs, before and after."""
         table = Table("", box=None, pad_edge=False)
         for name in ("before", "after", "change"):
             table.add_column(name, justify="right")
@@ -138,6 +139,12 @@ class Report:
         ]
         for name, before, after in rows:
             table.add_row(name, f"{before:,}", f"{after:,}", f"{after - before:+,}" if after != before else "")
+        products = self.before.multiply_adds, self.after.multiply_adds
+        if products[0] is None or products[1] is None:
+            table.add_row("multiply-adds", *("not known" if n is None else f"{n:,}" for n in products), "")
+        else:
+            change = products[1] - products[0]
+            table.add_row("multiply-adds", *(f"{n:,}" for n in products), f"{change:+,}" if change else "")
         return table
 
     def _missed_table(self) -> Table:

@@ -104,6 +104,6 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
 
 HOOKED = Missed(
     "hooks",
-    "user code is attached to this module (a forward hook or a parametrization)",
+    "user code is attached to this module (a forward hook, a parametrization, a class of its own)",
     "remove the hooks, or give example_inputs so that the exported graph is optimized",
 )

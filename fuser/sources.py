@@ -273,9 +273,17 @@ def _torch(
         name,
         model,
         lambda: TorchGraph.from_exported_program(program),
-        lambda done: done.module(),
+        lambda done: _module_of(done, model.training),
         may_lack_inputs=False,
     )
+
+
+def _module_of(program: Any, training: bool) -> Any:
+    """The program as a module; its flag, which torch.export always sets, is that of the module it was made from."""
+    module = program.module()
+    for part in module.modules():
+        part.training = training
+    return module
 
 
 def _export(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:

@@ -21,10 +21,12 @@ Refusals:
     rank              whether there is a batch axis is not known, or there is none
     padding           the convolution that follows pads with zeros, which a shift does not commute with
     written           its input is written in place, so that it cannot be read later
-    grows             several matrix products that read it would each need a bias that they do not have
+    grows             several matrix products that read it would each need a bias that they do not have, or one would
+                      need its own copy of a very large weight
     shape-mismatch    the numbers of channels disagree
     not-finite        the new constants would not be finite in the type of the weight
     shared-weights    the weight has other readers, and copies were not wanted
+    hooks             user code is attached to the module: a hook, a parametrization, a class of its own
     unsound           the new constants failed a test of one window; a defect here
 """
 

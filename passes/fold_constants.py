@@ -2,7 +2,8 @@
 
     y = f(c1, c2, ...)   =>   y = c
 
-The graph computes the value as its runtime would, so the outputs of the model keep their bits.
+The graph computes the value as its runtime would, so the outputs of the model keep their bits.  Sizes that are known
+are constants, whatever else of a shape is not; a Reshape is given -1 for the one that is not.
 
 Refusals:
     grows   the constant would take more room than what it replaces, by more than the budget

@@ -38,7 +38,7 @@ def convolve(
             for i, k in itertools.product(range(weight.shape[1]), itertools.product(*map(range, kernel))):
                 at = tuple(a * s + b * d for a, s, b, d in zip(o, strides, k, dilations, strict=True))
                 total += float(weight[c][i][k]) * x[first + i][at]
-            y[c][o] = total
+            y[(c, *o)] = total
     return y
 
 
@@ -51,5 +51,5 @@ def _convolve_transposed(x: Array, weight: Array, bias: Array, groups: int, stri
         for c, o in itertools.product(range(weight.shape[1]), itertools.product(*map(range, x.shape[1:]))):
             for k in itertools.product(*map(range, kernel)):
                 at = tuple(a * s + b * d for a, s, b, d in zip(o, strides, k, dilations, strict=True))
-                y[first + c][at] += float(weight[i][c][k]) * x[i][o]
+                y[(first + c, *at)] += float(weight[(i, c, *k)]) * x[(i, *o)]
     return y

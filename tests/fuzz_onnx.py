@@ -164,8 +164,10 @@ class _Draft:
             "eliminate-identity",
             "fold-batch-norm",
             "fold-affine",
+            "fold-layer-norm",
             "fold-pad",
             "merge-branches",
+            "merge-linears",
             "eliminate-dead-code",
         ]
         if self.dice.random() < 0.5:
@@ -421,6 +423,8 @@ class _Draft:
             (self._gemm, 3),
             (self._matmul, 3),
             (self._batch_norm, 8),
+            (self._layer_norm, 2),
+            (self._pair, 3),
             (self._arithmetic, 8),
             (self._sum, 4),
             (self._branches, 2),
@@ -543,6 +547,39 @@ class _Draft:
         if self.dice.random() < 0.4:
             operands.reverse()
         return self._emit(block, "Add", operands)
+
+    def _layer_norm(self, block: Block, x: Value) -> Value | None:
+        """A normalization of the last axes, mostly read by a product with a bias."""
+        if self.opset < 17 or x.array.ndim < 2:
+            return None
+        axis = self.dice.choice([-1, -1, -1, x.array.ndim - 1, x.array.ndim - 1, 1])
+        operands: list[Value | None] = [x, self._constant(block, self._numbers(x.shape[axis:]))]
+        if self.dice.random() < 0.8:
+            operands.append(self._constant(block, self.rng.standard_normal(x.shape[axis:]).astype(np.float64)))
+        y = self._emit(block, "LayerNormalization", operands, axis=axis, epsilon=0.1)
+        if y is None or self.dice.random() < 0.2:
+            return y
+        if self.dice.random() < 0.2:
+            block.values.append(y)
+        return self._matmul(block, y)
+
+    def _pair(self, block: Block, x: Value) -> Value | None:
+        """Two linear operators, one after the other."""
+        makers: list[Callable[[Block, Value], Value | None]] = [self._matmul, self._gemm]
+        if x.array.ndim > 2:
+            makers = [self._matmul, self._pointwise, self._pointwise, self._conv, self._conv_transpose]
+        for _ in range(2):
+            y = self.dice.choice(makers)(block, x)
+            if y is None:
+                return None
+            x = y
+        return x
+
+    def _pointwise(self, block: Block, x: Value) -> Value | None:
+        groups = self.dice.choice([g for g in (1, 1, 2) if x.shape[1] % g == 0])
+        out = groups * self.dice.choice([1, 2, 4])
+        weight = self._weight(block, [out, x.shape[1] // groups, *[1] * (x.array.ndim - 2)], x.shape[1] // groups)
+        return self._emit(block, "Conv", [x, weight, *self._bias(block, out)], group=groups)
 
     def _batch_norm(self, block: Block, x: Value) -> Value | None:
         if x.array.ndim < 2:

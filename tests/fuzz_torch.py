@@ -54,7 +54,7 @@ class _Builder:
             self._conv, self._conv, self._conv, self._linear, self._linear, self._norm, self._norm, self._norm,
             self._norm, self._functional_norm, self._functional_linear, self._arithmetic, self._arithmetic,
             self._sum, self._sum, self._shape, self._pass, self._activation, self._concat, self._pool, self._again,
-            self._cond, self._pad, self._pad, self._resize,
+            self._cond, self._layer_norm, self._layer_norm, self._pair, self._pair, self._pad, self._pad, self._resize,
         ]  # fmt: skip
 
     def sample(self) -> Sample:
@@ -157,6 +157,55 @@ class _Builder:
         if self.dice.random() < 0.1:
             options["eps"] = 0.3
         return self._call(self._layer(kind(x.shape[1], **options)), at)
+
+    def _layer_norm(self, x: Tensor, at: int) -> Step | None:
+        """A normalization, mostly read by a linear operator alone."""
+        dice, options = self.dice, {"eps": self.dice.choice([1e-5, 0.1])}
+        if dice.random() < 0.2:
+            options["elementwise_affine"] = False
+        kind = dice.choice(["layer", "layer", "rms", "group", "functional"])
+        if kind == "functional":
+            scale, shift = self._constant(x.shape[-1]), self._constant(x.shape[-1])
+            norm: Any = lambda net, y: F.layer_norm(y, (y.shape[-1],), net.constants[scale], bias=net.constants[shift])  # noqa: E731
+        else:
+            made: Any = (
+                nn.GroupNorm(2, x.shape[1])
+                if kind == "group" and x.dim() > 1 and x.shape[1] % 2 == 0
+                else (nn.RMSNorm if kind == "rms" else nn.LayerNorm)(x.shape[-1], **options)
+            )
+            for parameter in made.parameters():
+                nn.init.normal_(parameter)
+            name = self._layer(made)
+            norm = lambda net, y: net.layers[name](y)  # noqa: E731
+        if dice.random() < 0.2:
+            return lambda net, values: norm(net, values[at])
+        out = x.dim() > 2 and kind == "group"
+        bias = dice.random() < 0.7
+        reader = self._layer(
+            {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[x.dim()](x.shape[1], 3, 1, bias=bias)
+            if out
+            else nn.Linear(x.shape[-1], 3, bias=bias)
+        )
+        return lambda net, values: net.layers[reader](norm(net, values[at]))
+
+    def _pair(self, x: Tensor, at: int) -> Step | None:
+        """Two linear operators, one after the other."""
+        dice = self.dice
+        between, out = dice.choice([2, 4, 6]), dice.choice([2, 4])
+        biased = [dice.random() < 0.5, dice.random() < 0.5]
+        if x.dim() != 4 or dice.random() < 0.3:
+            layers: list[nn.Module] = [
+                nn.Linear(x.shape[-1], between, bias=biased[0]), nn.Linear(between, out, bias=biased[1])
+            ]  # fmt: skip
+        else:
+            kernels = dice.choice([(1, 1), (1, 3), (3, 1), (3, 3)])
+            groups = [dice.choice([1, 1, 2]) if n % 2 == 0 else 1 for n in (x.shape[1], between)]
+            layers = [
+                nn.Conv2d(n, m, k, padding=dice.choice([0, k // 2]), groups=g, bias=b)
+                for n, m, k, g, b in zip((x.shape[1], between), (between, out), kernels, groups, biased, strict=True)
+            ]
+        first, second = map(self._layer, layers)
+        return lambda net, values: net.layers[second](net.layers[first](values[at]))
 
     def _functional_norm(self, x: Tensor, at: int) -> Step | None:
         if x.dim() < 2:

@@ -1,4 +1,4 @@
-"""The specification of the fold, as nets: what each holds, and what has to be said of each BatchNorm in it.
+"""The specification, as nets: what each holds, and what the pass under test has to say of it.
 
 Every host (ONNX, traced, exported, lifted, decomposed) is held to the same table.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Case:
-    """A net, an input that it accepts, and the remarks of fold-batch-norm by code.
+    """A net, an input that it accepts, and the remarks of the pass under test by code.
 
     elsewhere: remarks on hosts that see more or less than the others; a host that cannot hold the net is
         given as None.
@@ -52,6 +52,9 @@ def lively(module: nn.Module) -> nn.Module:
                 with torch.no_grad():
                     layer.weight.normal_(generator=generator)
                     layer.bias.normal_(generator=generator)
+        elif isinstance(layer, nn.LayerNorm | nn.RMSNorm | nn.GroupNorm):
+            for parameter in layer.parameters():
+                nn.init.normal_(parameter, generator=generator)
     return module.eval()
 
 
@@ -121,6 +124,38 @@ def shaped_like(shape: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], nn.Mo
 def channels_last_linear() -> nn.Module:
     return Net(
         lambda m, x: m.norm(m.linear(x).transpose(1, 2)).transpose(1, 2), linear=nn.Linear(4, 6), norm=nn.BatchNorm1d(6)
+    )
+
+
+def three_readers() -> nn.Module:
+    """The projections of attention."""
+    return Net(
+        lambda m, x: torch.softmax(m.q(y := m.norm(x)) @ m.k(y).transpose(1, 2), -1) @ m.v(y),
+        norm=nn.LayerNorm(6),
+        q=nn.Linear(6, 4),
+        k=nn.Linear(6, 4),
+        v=nn.Linear(6, 5),
+    )
+
+
+def normalized_residual() -> nn.Module:
+    return Net(lambda m, x: m.linear(y := m.norm(x)) + y, norm=nn.LayerNorm(6), linear=nn.Linear(6, 6))
+
+
+def channels_last_norm() -> nn.Module:
+    """The downsampling of a ConvNeXt: LayerNorm over the channels of [N, C, H, W], and a patch convolution."""
+    return Net(
+        lambda m, x: m.conv(m.norm(torch.relu(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+        norm=nn.LayerNorm(6),
+        conv=nn.Conv2d(6, 4, 2, stride=2),
+    )
+
+
+def tied_embedding() -> nn.Module:
+    """A language model whose head is its table of embeddings."""
+    head = nn.Linear(6, 9, bias=False)
+    return Net(
+        lambda m, x: m.head(m.norm(nn.functional.embedding(x.argmax(-1), m.head.weight))), norm=nn.RMSNorm(6), head=head
     )
 
 
@@ -209,20 +244,13 @@ CASES: dict[str, Case] = {
         after(nn.Linear(4, 5), nn.BatchNorm1d(5)), (2, 5, 4), {"axis-mismatch": 1}, {"Traced": {"rank": 1}}
     ),
     "flattened": Case(flattened, (2, 5, 4), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
-    "reshape-as": Case(
-        shaped_like(lambda y, x: y.reshape_as(x)), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}
-    ),
-    "view-as": Case(
-        shaped_like(lambda y, x: y.view_as(x)), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}
-    ),
-    "view-size": Case(
-        shaped_like(lambda y, x: y.view(x.size())), (2, 3, 5, 5), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}
-    ),
+    "reshape-as": Case(shaped_like(lambda y, x: y.reshape_as(x)), (2, 3, 5, 5), {"applied": 1}),
+    "view-as": Case(shaped_like(lambda y, x: y.view_as(x)), (2, 3, 5, 5), {"applied": 1}),
+    "view-size": Case(shaped_like(lambda y, x: y.view(x.size())), (2, 3, 5, 5), {"applied": 1}),
     "view-shape": Case(
         shaped_like(lambda y, x: y.view(x.shape[0], x.size(1), -1)),
         (2, 3, 5, 5),
         {"applied": 1},
-        {"Traced": {"axis-mismatch": 1}},
     ),
     "channels-last-linear": Case(channels_last_linear, (2, 5, 4), {"applied": 1}),
     "unbatched": Case(
@@ -232,3 +260,131 @@ CASES: dict[str, Case] = {
         {"Onnx": None, "Decomposed": {"axis-mismatch": 1}},  # decompositions unsqueeze, as the exporter does
     ),
 }
+
+RMS_NORM: dict[str, dict[str, int] | None] = {"Onnx": None, "Decomposed": {}}
+"""The exporter has none, and decomposed it is arithmetic: the business of fold-affine."""
+GROUP_NORM = {"Onnx": {}, "Traced": {"rank": 1}}
+
+NORMS: dict[str, Case] = {
+    "layer-norm": Case(lambda: nn.Sequential(nn.ReLU(), nn.LayerNorm(6), nn.Linear(6, 4)), (2, 5, 6), {"applied": 1}),
+    "no-shift": Case(  # the exporter writes zeros for the shift
+        lambda: nn.Sequential(nn.LayerNorm(6, bias=False), nn.Linear(6, 4, bias=False)), (2, 5, 6), {"applied": 1}
+    ),
+    "rms-norm": Case(
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.RMSNorm(6), nn.Linear(6, 4)), (2, 5, 6), {"applied": 1}, RMS_NORM
+    ),
+    "group-norm": Case(
+        lambda: nn.Sequential(nn.ReLU(), nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 1)),
+        (2, 6, 5, 5),
+        {"applied": 1},
+        GROUP_NORM,
+    ),
+    "two-blocks": Case(
+        lambda: nn.Sequential(
+            nn.LayerNorm(6), nn.Linear(6, 8), nn.GELU(), nn.Dropout(), nn.LayerNorm(8), nn.Dropout(), nn.Linear(8, 4)
+        ),
+        (2, 5, 6),
+        {"applied": 2},
+    ),
+    "three-readers": Case(three_readers, (2, 5, 6), {"applied": 1}),
+    "channels-last": Case(channels_last_norm, (2, 6, 4, 4), {"applied": 1}),
+    "no-affine": Case(
+        lambda: nn.Sequential(nn.LayerNorm(6, elementwise_affine=False), nn.Linear(6, 4)),
+        (2, 5, 6),
+        {},
+        {"Onnx": {"applied": 1}},
+    ),
+    "rows-flattened": Case(  # the last axis stays the last
+        lambda: nn.Sequential(nn.LayerNorm(6), nn.Flatten(0, 1), nn.Linear(6, 4)),
+        (2, 5, 6),
+        {"applied": 1},
+        {"Traced": {"axis-mismatch": 1}},
+    ),
+    "flattened-into-rows": Case(  # a map of six channels becomes one of thirty, where the sizes are known
+        lambda: nn.Sequential(nn.LayerNorm(6), nn.Flatten(1), nn.Linear(30, 4)),
+        (2, 5, 6),
+        {"applied": 1},
+        {"Traced": {"axis-mismatch": 1}},
+    ),
+    # -- refused
+    "residual": Case(normalized_residual, (2, 5, 6), {"no-linear": 1}),
+    "nothing-linear": Case(lambda: nn.Sequential(nn.LayerNorm(6), nn.GELU()), (2, 5, 6), {"no-linear": 1}),
+    "bare-product": Case(lambda: nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4, bias=False)), (2, 5, 6), {"grows": 1}),
+    "tied-embedding": Case(tied_embedding, (2, 5, 9), {"grows": 1}, RMS_NORM | {"Traced": {}}),
+    "padded": Case(
+        lambda: nn.Sequential(nn.GroupNorm(2, 6), nn.Conv2d(6, 4, 3, padding=1)),
+        (2, 6, 5, 5),
+        {"padding": 1},
+        GROUP_NORM,
+    ),
+    "over-two-axes": Case(lambda: nn.Sequential(nn.LayerNorm((5, 6)), nn.Linear(6, 4)), (2, 5, 6), {}),
+}
+"""For fold-layer-norm."""
+
+
+def conv_pair(*convs: nn.Module) -> Callable[[], nn.Module]:
+    return lambda: nn.Sequential(nn.ReLU(), *map(copy.deepcopy, convs), nn.ReLU())
+
+
+def read_between() -> nn.Module:
+    return Net(lambda m, x: m.b(y := m.a(x)) + y.sum(), a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(6, 3, 1))
+
+
+PIXELS = (2, 4, 6, 6)
+FLATTENED = {"Decomposed": {}}
+"""Decompositions put a `view` before and behind each product of more than two axes."""
+
+PAIRS: dict[str, Case] = {
+    "linears": Case(lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)), (4, 6), {"applied": 1}),
+    "linears-no-bias": Case(
+        lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.Linear(8, 3, bias=False)), (4, 6), {"applied": 1}
+    ),
+    "linears-of-rows": Case(
+        lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.Dropout(), nn.Linear(8, 3)),
+        (2, 4, 6),
+        {"applied": 1},
+        FLATTENED,
+    ),
+    "three-linears": Case(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 7), nn.Linear(7, 3), nn.ReLU()), (4, 6), {"applied": 2}
+    ),
+    "pointwise-last": Case(
+        conv_pair(nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=2), nn.Conv2d(8, 3, 1)), PIXELS, {"applied": 1}
+    ),
+    "pointwise-first": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 3, 3, stride=2)), PIXELS, {"applied": 1}),
+    "pointwise-first-padded": Case(
+        conv_pair(nn.Conv2d(4, 8, 1, bias=False), nn.Conv2d(8, 3, 3, padding=1)), PIXELS, {"applied": 1}
+    ),
+    "pointwise-both": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 3, 1, bias=False)), PIXELS, {"applied": 1}),
+    "normalized-between": Case(
+        conv_pair(nn.Conv2d(4, 8, 3, bias=False), nn.BatchNorm2d(8), nn.Conv2d(8, 3, 1), nn.BatchNorm2d(3)),
+        PIXELS,
+        {"applied": 1},
+    ),
+    "grouped": Case(conv_pair(nn.Conv2d(4, 8, 3, groups=2), nn.Conv2d(8, 4, 1, groups=4)), PIXELS, {"applied": 1}),
+    "transposed": Case(
+        conv_pair(nn.ConvTranspose2d(4, 8, 2, stride=2, groups=2), nn.Conv2d(8, 4, 1, groups=2)), PIXELS, {"applied": 1}
+    ),
+    "transposed-last": Case(
+        conv_pair(nn.Conv2d(4, 8, 1, bias=False), nn.ConvTranspose2d(8, 3, 3, stride=2, padding=1)),
+        PIXELS,
+        {"applied": 1},
+    ),
+    "circular": Case(
+        conv_pair(nn.Conv2d(4, 8, 3, padding=1, padding_mode="circular"), nn.Conv2d(8, 3, 1)),
+        PIXELS,
+        {"applied": 1},
+    ),
+    # -- refused
+    "low-rank": Case(
+        lambda: nn.Sequential(nn.Linear(16, 2, bias=False), nn.Linear(2, 16), nn.ReLU()), (4, 16), {"grows": 1}
+    ),
+    "separable": Case(conv_pair(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 8, 1)), PIXELS, {"grows": 1}),
+    "inverted": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=8)), PIXELS, {"grows": 1}),
+    "two-kernels": Case(conv_pair(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), PIXELS, {"geometry": 1}),
+    "strided-pointwise": Case(conv_pair(nn.Conv2d(4, 8, 1, stride=2), nn.Conv2d(8, 3, 3)), PIXELS, {"geometry": 1}),
+    "bias-in-the-padding": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.Conv2d(8, 3, 3, padding=1)), PIXELS, {"padding": 1}),
+    "read-between": Case(read_between, PIXELS, {"shared-output": 1}),
+    "activation-between": Case(conv_pair(nn.Conv2d(4, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)), PIXELS, {}),
+}
+"""For merge-linears."""

@@ -15,7 +15,7 @@ from fuzz_onnx import evaluator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
-from rewriting import DOUBLE, applied, refused
+from rewriting import DOUBLE, applied, refused, rewritten
 
 from fuser import pipeline
 from fuser.absorb import moved_axis
@@ -146,6 +146,26 @@ def test_grows() -> None:
     unshifted = {**constants(), **matrices, "beta": np.zeros(4), "mean": np.zeros(4)}
     result = applied(model(nodes, constants=unshifted, dtype=DOUBLE, x=(3, 4)), FOLD)
     assert op_types(result.graph) == ["Relu", "MatMul", "MatMul", "Mul"]
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_table_of_embeddings_is_not_copied(turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head of a language model reads its table, as it is or turned."""
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        node("Mul", ["r", "gamma"], ["n"]),
+        *([node("Transpose", ["table"], ["head"])] if turned else []),
+        node("MatMul", ["n", "head" if turned else "table"], ["p"]),
+        node("Gather", ["table", "token"], ["t"]),
+        node("Max", ["p", "t"]),
+    ]
+    tensors = {**constants(), "table": np.eye(4), "token": np.array(2)}
+    proto = model(nodes, constants=tensors, dtype=DOUBLE, x=(3, 4))
+    outcome, _ = rewritten(proto, FoldAffine())
+    assert "its own copy of a shared weight: 128 bytes" in outcome.applied[0].reason
+    assert refused(proto, FoldAffine(shared_weights="refuse")) == {"shared-weights": 1}
+    monkeypatch.setattr("fuser.absorb.MAX_COPY", 15)
+    assert refused(proto, FoldAffine()) == {"grows": 1}
 
 
 def test_a_reader_that_takes_it_twice_is_left_alone() -> None:

@@ -70,7 +70,13 @@ def test_plan_changes_nothing(folder: Path) -> None:
 
 def test_explain_prints_a_line_for_each_candidate(folder: Path) -> None:
     done = fuser("explain", folder / "net.onnx", "--passes", "fold-batch-norm")
-    first, last = done.stdout.strip().splitlines()
+    first, *table, last = done.stdout.strip().splitlines()
+    assert [line.split()[0] for line in table] == [
+        "before",
+        "nodes",
+        "BatchNormalization",
+        *"parameters bytes multiply-adds".split(),
+    ]
     assert first.startswith("applied fold-batch-norm @ bn_b: ")
     assert last == "1 would be applied, 0 missed; nothing was written"
     assert os.listdir(folder) == ["net.onnx"]

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx
+import pytest
 from fuser.passes.fold_constants import FoldConstants
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from onnx.reference import ReferenceEvaluator
 from onnx_models import conv, conv_constants, model, node, op_types
 from rewriting import applied, refused, rewritten
 
@@ -56,3 +62,132 @@ def test_a_large_constant_made_of_a_large_constant_is_no_growth() -> None:
     assert len(outcome.applied) == 1
     (constant,) = result.graph.initializer
     assert (onnx.numpy_helper.to_array(constant) == -1).all()
+
+
+def test_a_constant_node_becomes_an_initializer() -> None:
+    nodes = [node("Constant", [], ["k"], value_floats=[1.0, 2.0]), node("Constant", [], ["z"], value_float=3.0)]
+    result = applied(model([*nodes, node("Mul", ["x", "k"])], outputs=["y", "z"], x=("N", 4, 8, 2)), FOLD, bound=0)
+    assert op_types(result.graph) == ["Constant", "Mul"]  # an output keeps its node
+    assert onnx.numpy_helper.to_array(result.graph.initializer[0]).tolist() == [1, 2]
+
+
+def test_a_function_cannot_hold_initializers() -> None:
+    one = onnx.numpy_helper.from_array(np.float32([1]))
+    add = onnx.helper.make_function(
+        "custom",
+        "PlusOne",
+        ["a"],
+        ["b"],
+        [node("Constant", [], ["one"], value=one), node("Add", ["a", "one"], ["b"])],
+        [onnx.helper.make_opsetid("", 17)],
+    )
+    call = node("PlusOne", ["x"])
+    call.domain = "custom"
+    assert refused(model([call], functions=[add]), FOLD) == {}
+
+
+# -- sizes
+
+FLATTEN = [
+    node("Shape", ["x"], ["s"]),
+    node("Gather", ["s", "zero"], ["n"]),
+    node("Gather", ["s", "one"], ["c"]),
+    node("Unsqueeze", ["n", "axes"], ["n1"]),
+    node("Unsqueeze", ["c", "axes"], ["c1"]),
+]
+INDICES = {"zero": np.array(0), "one": np.array(1), "axes": np.array([0]), "k": np.array([64])}
+
+
+def test_a_target_that_is_known_but_for_the_batch() -> None:
+    nodes = [*FLATTEN, node("Concat", ["n1", "c1", "k"], ["t"], axis=0), node("Reshape", ["x", "t"])]
+    result = applied(model(nodes, constants=INDICES), FOLD, bound=0)
+    assert op_types(result.graph) == ["Reshape"]
+    (target,) = result.graph.initializer
+    assert onnx.numpy_helper.to_array(target).tolist() == [-1, 4, 64]
+
+
+@pytest.mark.parametrize(
+    ("target", "reader", "x"),
+    [
+        (["n1", "c1", "k"], node("Expand", ["w", "t"]), ("N", 4, 8, 8)),
+        (["n1", "c1", "k"], node("Reshape", ["x", "t"], allowzero=1), ("N", 4, 8, 8)),
+        (["n1", "c1", "n1"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
+        (["n1", "c1", "k"], node("Reshape", ["x", "t"]), ("N", "C", 8, 8)),
+        (["n1", "c1", "all"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
+        (["n1", "copied", "k"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
+        (["runtime", "c1", "k"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
+    ],
+    ids=["expand", "zeros-are-zeros", "twice", "two-unknown", "minus-one", "copies-a-size", "not-a-size"],
+)
+def test_a_target_that_says_more_stays(target: list[str], reader: onnx.NodeProto, x: tuple[int | str, ...]) -> None:
+    nodes = [
+        *FLATTEN,
+        node("Cast", ["x"], ["ints"], to=7),
+        node("ReduceMax", ["ints"], ["max"], keepdims=0),
+        node("Unsqueeze", ["max", "axes"], ["runtime"]),
+        node("Concat", target, ["t"], axis=0),
+        reader,
+        node("Concat", ["runtime", "n1"], ["z"], axis=0),
+    ]
+    constants = {**INDICES, "w": np.ones((1, 1, 64), np.float32), "all": np.array([-1]), "copied": np.array([0])}
+    proto = model(nodes, constants=constants, x=x)
+    del proto.graph.node[-1]
+    _, result = rewritten(proto, FOLD)
+    assert "t" in [name for one in result.graph.node for name in one.output]
+
+
+def test_a_target_that_is_an_output_stays() -> None:
+    nodes = [*FLATTEN, node("Concat", ["n1", "c1", "k"], ["t"], axis=0), node("Reshape", ["x", "t"])]
+    _, result = rewritten(model(nodes, constants=INDICES, outputs=["y", "t"]), FOLD)
+    assert "Concat" in op_types(result.graph)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("Gather"), st.integers(-3, 3)),
+        st.tuples(st.just("Slice"), st.integers(-4, 4), st.integers(-4, 5), st.integers(1, 2)),
+        st.tuples(st.sampled_from(["Add", "Sub", "Mul", "Div"]), st.integers(-2, 4), st.booleans()),
+        st.tuples(st.just("Concat"), st.integers(-1, 3)),
+        st.tuples(st.just("Equal"), st.integers(-1, 4)),
+        st.tuples(st.sampled_from(["Unsqueeze", "Squeeze", "Identity", "Cast"])),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(STEPS)
+def test_what_is_known_of_sizes_is_what_they_are(steps: list[tuple[Any, ...]]) -> None:
+    """Whatever is folded gives what the graph gives, for every batch."""
+    nodes, constants, last = [node("Shape", ["x"], ["v0"])], {"axis": np.array([0])}, "v0"
+    for i, (op, *rest) in enumerate(steps):
+        name, k = f"v{i + 1}", f"k{i}"
+        constants[k] = np.array(rest[0] if rest else 0)
+        if op == "Slice":
+            constants.update({k: np.array([rest[0]]), f"e{i}": np.array([rest[1]]), f"s{i}": np.array([rest[2]])})
+            nodes.append(node("Slice", [last, k, f"e{i}", "axis", f"s{i}"], [name]))
+        elif op == "Concat":
+            constants[k] = constants[k].reshape(1)
+            nodes.append(node("Concat", [last, k], [name], axis=0))
+        elif op == "Equal":
+            nodes += [node("Equal", [last, k], [f"q{i}"]), node("Where", [f"q{i}", k, last], [name])]
+        elif op in ("Unsqueeze", "Squeeze"):
+            nodes.append(node(op, [last, "axis"], [name]))
+        elif op in ("Identity", "Cast"):
+            nodes.append(node(op, [last], [name], **({"to": 7} if op == "Cast" else {})))
+        elif op == "Gather":
+            nodes.append(node("Gather", [last, k], [name]))
+        else:
+            nodes.append(node(op, [k, last] if rest[1] else [last, k], [name]))
+        last = name
+    nodes.append(node("Cast", [last], ["y"], to=1))
+    try:
+        proto = model(nodes, constants=constants, x=("N", 4, "H"))
+        truths = {n: ReferenceEvaluator(proto).run(None, {"x": np.zeros((n, 4, 3), np.float32)})[0] for n in (0, 1, 3)}
+    except Exception:
+        assume(False)  # not a legal graph
+    _, result = rewritten(proto, FOLD)
+    for n, truth in truths.items():
+        found = ReferenceEvaluator(result).run(None, {"x": np.zeros((n, 4, 3), np.float32)})[0]
+        np.testing.assert_array_equal(found, truth)  # type: ignore[arg-type]

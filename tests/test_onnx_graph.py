@@ -496,3 +496,57 @@ def test_the_rank_of_a_reshape_to_a_computed_shape_is_known_before_that_is_folde
     assert isinstance(linear, ops.Linear)
     assert graph.shape(linear.input) == (2, 4)
     assert (graph.rank(linear.input), graph.rank(linear.output)) == (2, 2)
+
+
+def computed_reshape() -> onnx.ModelProto:
+    """Behind the first Reshape, whose target inference does not compute, another target is made of a Shape."""
+    nodes = [
+        node("Add", ["half", "half"], ["target"]),
+        node("Reshape", ["x", "target"], ["r"]),
+        node("Relu", ["r"], ["q"]),
+        node("Shape", ["q"], ["s"]),
+        node("Gather", ["s", "order"], ["t"]),
+        node("Reshape", ["q", "t"]),
+    ]
+    constants = {"half": np.array([2, 4, 2]), "order": np.array([2, 1, 0])}
+    return model(nodes, x=(4, 4, 8), constants=constants)
+
+
+def test_what_is_computed_tells_inference_more() -> None:
+    graph = graph_of(computed_reshape())
+    (first, second) = graph.ops(ops.Reshape)
+    assert graph.shape(first.output) == (4, 8, 4)
+    assert graph.shape(second.output) == (4, 8, 4)
+    assert {graph.describe(op) for op in graph.ops(ops.Constant)} == {"add_target", "gather_t"}
+
+
+def test_the_shape_of_a_computed_operand_tells_inference_more() -> None:
+    nodes = [
+        node("Sub", ["one", "one"], ["zero"]),
+        node("Unsqueeze", ["v", "zero"], ["u"]),
+        node("Mul", ["x", "u"], ["m"]),
+        node("Relu", ["m"]),
+    ]
+    graph = graph_of(model(nodes, constants={"one": np.array([1]), "v": np.ones((4, 1, 1), np.float32)}))
+    assert graph.shape(the(graph, ops.Elementwise).output) == ("N", 4, 8, 8)
+
+
+def test_a_constant_that_only_what_goes_reads_is_freed() -> None:
+    """A weight that is read for its shape, too, as by the reshape at the end of weight standardization."""
+    nodes = [
+        node("Neg", ["w"], ["n"]),
+        node("Shape", ["w"], ["s"]),
+        node("Reshape", ["n", "s"], ["r"]),
+        conv("x", "y", "r"),
+    ]
+    graph = graph_of(model(nodes, constants={"w": np.ones((4, 4, 3, 3), np.float32)}))
+    op = the(graph, ops.Constant)
+    assert isinstance(op, ops.Constant)
+    assert (op.elements_made, op.elements_freed) == (144, 144)
+
+
+def test_a_constant_that_others_read_is_not_freed() -> None:
+    nodes = [node("Neg", ["w"], ["n"]), conv("x", "a", "n"), conv("x", "b", "w"), node("Add", ["a", "b"])]
+    op = the(graph_of(model(nodes, constants={"w": np.ones((4, 4, 3, 3), np.float32)})), ops.Constant)
+    assert isinstance(op, ops.Constant)
+    assert (op.elements_made, op.elements_freed) == (144, 0)

@@ -13,19 +13,29 @@ import pytest
 from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
 
 PACKAGE = Path(__file__).parent / "toy_package"
+EXAMPLE = Path(__file__).parents[1] / "passes" / "example"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the toy package installed; built without the network."""
-    pytest.importorskip("setuptools", reason="the toy package is built with it")
+def installed(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package installed; built without the network, and not where it lies."""
+    pytest.importorskip("setuptools", minversion="70.1", reason="older ones need `wheel` to build")
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    for path in PACKAGE.iterdir():
+    for path in package.iterdir():
         if path.is_file():
             (source / path.name).write_bytes(path.read_bytes())
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--target", str(target), str(source)], check=True, timeout=120)
     return target
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(PACKAGE, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return installed(EXAMPLE, tmp_path_factory)
 
 
 def run(site: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -55,6 +65,20 @@ def net(tmp_path: Path) -> Path:
     return tmp_path / "net.onnx"
 
 
+def test_the_example_of_the_tutorial(example: Path, net: Path) -> None:
+    """Its commands and its own tests, as an installed package."""
+    listed = run(example, "-m", "fuser", "passes")
+    (line,) = (line for line in listed.stdout.splitlines() if "erase-neutral" in line)
+    assert "fuser-erase-neutral" in line and "Erase multiplications by one." in line
+    assert run(example, "-m", "fuser", "passes", "erase-neutral").stdout.startswith("# erase-neutral\n")
+    explained = run(example, "-m", "fuser", "explain", net, "--passes", "erase-neutral")
+    assert "applied erase-neutral @ mul_m: it multiplied by 1" in explained.stdout
+    done = run(example, "-m", "fuser", "optimize", net, "--passes", "erase-neutral")
+    assert done.returncode == 0 and "Mul" not in op_types(onnx.load(net.with_name("net.fused.onnx")).graph)
+    tested = run(example, "-m", "pytest", "-q", "-p", "no:cacheprovider", EXAMPLE)
+    assert tested.returncode == 0, tested.stdout
+
+
 GOOD = "toy-erase-neutral,fold-batch-norm"
 
 
@@ -68,11 +92,25 @@ def test_an_installed_package_is_listed_with_its_owner(site: Path) -> None:
 
 def test_what_cannot_be_used_is_set_aside_with_the_reason_and_both_owners(site: Path) -> None:
     done = run(site, "-m", "fuser", "passes")
-    assert "toy-missing of toy-passes cannot be used: AttributeError" in done.stderr
+    for name, why in {
+        "toy-missing": "AttributeError",
+        "toy-exits": "SystemExit: 3",
+        "toy-needs-more": "TypeError",
+        "toy-other-name": "TypeError: toy_passes:EraseNeutral calls itself 'toy-erase-neutral'",
+        "toy-no-pass": "TypeError: toy_passes:np is not a subclass of fuser.rewrite.RewritePass",
+    }.items():
+        assert f"the pass {name} of toy-passes cannot be used: {why}" in done.stderr
     assert "fold-batch-norm of toy-passes cannot be used: the name is taken by graph-fuser" in done.stderr
     refused = run(site, "-m", "fuser", "optimize", "x.onnx", "--passes", "toy-missing")
     assert refused.returncode == 2
-    assert "the pass 'toy-missing' of toy-passes cannot be used" in refused.stderr
+    assert "the pass toy-missing of toy-passes cannot be used" in refused.stderr
+
+
+def test_a_run_of_all_passes_says_which_could_not_be_used(site: Path, net: Path) -> None:
+    done = run(site, "-m", "fuser", "optimize", net)
+    assert done.returncode == 0, done.stderr
+    assert "warning: the pass toy-missing of toy-passes cannot be used" in done.stdout, done.stdout
+    assert op_types(onnx.load(net.with_name("net.fused.onnx")).graph) == ["Conv", "Relu", "Conv"]
 
 
 def test_it_runs_on_onnx(site: Path, net: Path) -> None:

@@ -16,9 +16,12 @@ from onnx import ModelProto, TensorProto, helper, numpy_helper
 from rich.console import Console
 
 from fuser.errors import InputError
+from fuser.isolate import Worker
 from fuser.proof import Verification
 from fuser.proof import verify as run_verify
+from fuser.proof.float64_onnx import evaluate_stored
 from fuser.proof.runners import Workers, release, run_onnx
+from fuser.proof.sides import Original
 
 RNG = np.random.default_rng(11)
 
@@ -104,6 +107,33 @@ def test_an_exact_contract_asks_for_the_same_bits(verify: Any) -> None:
     assert verify(once, regrouped).passed
     result = verify(once, regrouped, contract="exact")
     assert result.verdict == "different" and "not bit-identical" in result.reason
+
+
+def test_an_exact_rewrite_passes_whatever_kernels_the_runtime_picks_for_constants(verify: Any) -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((256, 128)).astype(np.float32)
+    text = "g (float[1,196,128] x) => (float[1,196,256] y) {{ {} }}"
+    turned = parse(text.format("t = Transpose(w) y = MatMul(x, t)"), w=w)
+    plain = parse(text.format("y = MatMul(x, w)"), w=np.ascontiguousarray(w.T))
+    result = verify(turned, plain, contract="exact")
+    assert result.passed and result.truth == "bits"
+    moved = w.T.copy()
+    moved[3, 5] = np.nextafter(moved[3, 5], np.float32(np.inf))
+    assert not verify(turned, parse(text.format("y = MatMul(x, w)"), w=moved), contract="exact").passed
+
+
+def test_operator_by_operator_the_types_are_those_that_are_stored(tmp_path: Path) -> None:
+    text = """g (float[1,2,5,5] x) => (float[1,2,4,4] y, float16[2] z) {
+        c = Conv(x, w) n = BatchNormalization(c, s, s, s, s) r = Relu(n) y = AveragePool<kernel_shape = [2, 2]>(r)
+        z = Cast<to = 10>(s) }"""
+    w, s = np.ones((2, 2, 1, 1), np.float32) / 3, np.ones(2, np.float32) / 3
+    onnx.save(parse(text, w=w, s=s), tmp_path / "m.onnx")
+    x = np.random.default_rng(0).standard_normal((1, 2, 5, 5)).astype(np.float32)
+    (found,) = evaluate_stored(str(tmp_path / "m.onnx"), [{"x": x}])
+    assert [array.dtype for array in found] == [np.float32, np.float16]
+    expected = run_onnx(str(tmp_path / "m.onnx"), [{"x": x}], False, False).outcomes[0]
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-5)
+    np.testing.assert_array_equal(found[1], expected[1])
 
 
 def test_a_lost_interface_is_incompatible(verify: Any) -> None:
@@ -382,3 +412,27 @@ def test_a_session_is_kept_for_the_same_file_only(tmp_path: Path) -> None:
         assert not ran(other)[1]
     finally:
         release()
+
+
+def test_what_was_found_of_an_original_is_not_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    real = Worker.call
+
+    def call(self: Worker, function: str, path: str, *args: Any, **options: Any) -> Any:
+        calls.append(function.split(":")[1])
+        return real(self, function, path, *args, **options)
+
+    monkeypatch.setattr(Worker, "call", call)
+    model = linear()
+    with Workers() as workers, Original() as original:
+        row = {"workers": workers, "original": original}
+        first = run_verify(model, linear(), **row)
+        everything = len(calls)
+        calls.clear()
+        assert run_verify(model, linear(1.001), **row).verdict == "different"
+        assert run_verify(model, linear(), contract="exact", **row).truth == "bits"
+        again = run_verify(model, linear(), **row)
+        assert (again.outputs, again.sets, again.truth) == (first.outputs, first.sets, first.truth)
+        assert again.cost_ratio > 0
+    assert everything == 5, "two runs and the truth of the original, and of the other"
+    assert calls.count("run_onnx") == 3 and calls.count("evaluate") >= 2

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx.inliner
 
+from fuser import costs
 from fuser.files import ModelFile
 from fuser.graph import Summary
 
@@ -67,11 +67,7 @@ def file_bytes(proto: onnx.ModelProto, path: Path) -> int:
 def onnx_multiply_adds(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> int | None:
     """Multiply-adds of the main graph, its functions inlined, for inputs of the given shapes.
 
-        Conv           elements(Y) * elements(W) / Cout
-        ConvTranspose  elements(X) * elements(W) / Cin
-        MatMul, Gemm   elements(Y) * K
-
-    None when a shape cannot be inferred.
+    Formulas in `fuser.costs`.  None when a shape cannot be inferred.
     """
     model = onnx.ModelProto()
     model.CopyFrom(proto)
@@ -104,13 +100,11 @@ def onnx_multiply_adds(proto: onnx.ModelProto, shapes: Mapping[str, Sequence[int
         x, w, y = (known.get(name) for name in (node.input[0], node.input[1], node.output[0]))
         if x is None or w is None or y is None:
             return None
-        if node.op_type == "Conv":
-            total += prod(y) * prod(w) // w[0]
-        elif node.op_type == "ConvTranspose":
-            total += prod(x) * prod(w) // w[0]
+        if node.op_type.startswith("Conv"):
+            total += costs.conv(x, w, y, transposed=node.op_type == "ConvTranspose")
         else:
             transposed = any(a.name == "transA" and a.i for a in node.attribute)
-            total += prod(y) * (x[0] if transposed else x[-1])
+            total += costs.product(x, y, axis=0 if transposed else -1)
     return total
 
 

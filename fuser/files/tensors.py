@@ -77,9 +77,11 @@ DATA_TYPES = {format.dtype: data_type for data_type, format in FORMATS.items()}
 
 def stored_size(tensor: onnx.TensorProto) -> int:
     """The bytes of a tensor's raw data.  Raises `InputError` for a negative dimension or a type without such."""
-    dims: list[int] = list(tensor.dims)
-    if len(dims) > _MAX_RANK or min(dims, default=0) < 0:
-        raise InputError(f"tensor {shown(tensor.name)} has an impossible shape, {shown(dims)}; the file is corrupt")
+    dims: Sequence[int] = tensor.dims
+    if len(dims) > _MAX_RANK or (dims and min(dims) < 0):
+        raise InputError(
+            f"tensor {shown(tensor.name)} has an impossible shape, {shown(list(dims))}; the file is corrupt"
+        )
     format = FORMATS.get(tensor.data_type)
     if format is None:
         found = _type_name(tensor.data_type)
@@ -125,7 +127,7 @@ def decode(raw: Bytes, data_type: int, dims: Sequence[int]) -> Array:
 def inline_array(tensor: onnx.TensorProto) -> Array:
     """The values of a tensor that holds them itself.  Raises `InputError` when they do not fill its shape."""
     if tensor.HasField("raw_data"):
-        raw = np.frombuffer(bytearray(tensor.raw_data), np.uint8)
+        raw = np.frombuffer(tensor.raw_data, np.uint8)
         check_filled(tensor, raw.size)
         return decode(raw, tensor.data_type, tensor.dims)
     try:

@@ -7,6 +7,7 @@ loaded, and everything else keeps its bytes.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
@@ -15,6 +16,7 @@ import onnx_graphsurgeon as gs
 from onnx import GraphProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from fuser import costs
 from fuser.files import ModelFile
 from fuser.graph import Array, Reader, Summary
 from fuser.graphs import onnx_carrier
@@ -32,6 +34,7 @@ from fuser.graphs.onnx_readers import (
 )
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
+from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
 from fuser.ops import (
     AveragePool,
     Constant,
@@ -39,6 +42,8 @@ from fuser.ops import (
     Dead,
     Duplicate,
     DuplicateConstant,
+    Identity,
+    Linear,
     MaxPool,
     Op,
     Pad,
@@ -48,6 +53,12 @@ from fuser.ops import (
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
+
+_COUNTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
+_NOT_COUNTED = frozenset(
+    "LSTM GRU RNN Einsum Attention DeformConv ConvInteger MatMulInteger QLinearConv QLinearMatMul".split()
+)
+"""What multiplies and adds in ways that are not counted."""
 
 FORMAL_INPUTS_BEFORE_IR = 4
 """Before IR 4 every initializer had to be listed as an input; it was a formality, and nobody replaced them."""
@@ -79,6 +90,8 @@ class OnnxGraph:
         self._duplicate_constants = DuplicateConstants(model, self.wiring, self.known)
         self.wiring.scopes[0].changed = bool(self._removed)
         self._origins: dict[int, list[str]] = {}
+        self._readings: dict[int, Op | None] = {}
+        self._read_at = 0
         self._taken = {name for scope in self.wiring.scopes for name in scope.names} | initializer_names(graph)
         self._taken.update(node.name for node in self.wiring.order)
         self._node_names = Counter(self.wiring.scope(node).path + node.name for node in self.wiring.order)
@@ -96,7 +109,8 @@ class OnnxGraph:
             for constant, twin in self._duplicate_constants:
                 yield DuplicateConstant(self.producer(constant), constant, twin)  # type: ignore[misc]
         else:
-            operators = {operator for operator, (produced, _) in READERS.items() if issubclass(produced, kind)}
+            kinds = (kind, *MAY_CHANGE_NOTHING) if kind is Identity else kind
+            operators = {operator for operator, (produced, _) in READERS.items() if issubclass(produced, kinds)}
             for node in self.wiring.order:
                 if node.op not in operators or self.wiring.is_erased(node) or self.known.is_foldable(node):
                     continue
@@ -106,13 +120,23 @@ class OnnxGraph:
 
     def read(self, node: gs.Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
+        if self._read_at != self.edits:  # a reading holds until the next edit
+            self._readings.clear()
+            self._read_at = self.edits
+        if id(node) not in self._readings:
+            self._readings[id(node)] = self._read(node)
+        return self._readings[id(node)]
+
+    def _read(self, node: gs.Node) -> Op | None:
         scope = self.wiring.scope(node)
         if not is_standard(node) or node.op not in READERS or scope.opset < OLDEST_OPSET or scope.frozen:
             return None
         try:
-            return READERS[node.op][1](NodeReader(self, node, scope.opset))
+            op = READERS[node.op][1](NodeReader(self, node, scope.opset))
         except Unreadable:
             return None
+        value = handed_on(self, op)
+        return op if value is None else Identity(op.node, op.output, value)
 
     def op_producing(self, value: Value) -> Op | None:
         node = self.producer(value)
@@ -152,6 +176,10 @@ class OnnxGraph:
     def is_stable(self, value: Value) -> bool:
         return True  # ONNX has values, not memory
 
+    def freed(self, value: Value) -> int:
+        uses = self.wiring.uses(value)
+        return self._freed([value], uses[0][0]) if len(uses) == 1 else 0
+
     def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
         return None  # any sides, any sizes
 
@@ -166,19 +194,38 @@ class OnnxGraph:
         stored = [node.attrs["value"] for node in alive if isinstance(node.attrs.get("value"), gs.Constant)]
         for scope in self.wiring.scopes:
             stored += [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
-        protos = [tensor_proto(tensor) for tensor in stored]
+        protos = [proto for tensor in stored if (proto := tensor_proto(tensor)) is not None]
         for scope in self.wiring.scopes:
             if isinstance(scope.proto, GraphProto):
                 protos += [tensor for tensor in scope.proto.initializer if tensor.name not in scope.dropped]
+        counts: Counter[int] = Counter()
         for proto in protos:
-            dtype = None if proto is None else numpy_dtype(proto.data_type)
-            if proto is None or dtype is None:
-                continue
-            count = elements(tuple(proto.dims)) or 0
-            summary.bytes += count * dtype.itemsize
-            if dtype.kind not in "biuOSU":  # shapes and indices are not parameters
+            counts[proto.data_type] += math.prod(proto.dims)
+        for data_type, count in counts.items():
+            dtype = numpy_dtype(data_type)
+            summary.bytes += count * dtype.itemsize if dtype else 0
+            if dtype and dtype.kind not in "biuOSU":  # shapes and indices are not parameters
                 summary.parameters += count
+        summary.multiply_adds = self._multiply_adds(alive)
         return summary
+
+    def _multiply_adds(self, nodes: Sequence[gs.Node]) -> int | None:
+        inputs = (self.known.shape(tensor) for tensor in self.wiring.editor.inputs)
+        batch = {shape[0] for shape in inputs if shape and isinstance(shape[0], str)}
+        total = 0
+        for node in nodes:
+            if not is_standard(node) or node.op in _NOT_COUNTED:
+                return None
+            if node.op not in _COUNTED:
+                continue
+            x, w, y = (costs.per_sample(self.known.shape(t), batch) for t in (*node.inputs[:2], node.outputs[0]))
+            if x is None or w is None or y is None or self.wiring.scope(node) is not self.wiring.scopes[0]:
+                return None
+            if node.op.startswith("Conv"):
+                total += costs.conv(x, w, y, transposed=node.op == "ConvTranspose")
+            else:
+                total += costs.product(x, y, axis=0 if node.attrs.get("transA") else -1)
+        return total
 
     # -- reading, for the dialect
 
@@ -206,10 +253,14 @@ class OnnxGraph:
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array) -> None:
+    def set_constants(self, op: Op, **arrays: Array | None) -> None:
         node: gs.Node = op.node
+        if isinstance(op, Conv | Linear) and self._resizes(op, arrays.get("weight")):
+            self._forget_size(op)
         for field, array in arrays.items():
-            if node.op == "MatMul" and field == "bias":
+            if array is None:
+                self.wiring.truncate_inputs(node, OPERANDS[node.op][field])  # what is optional comes last
+            elif node.op == "MatMul" and field == "bias":
                 self._set_matmul_bias(node, array)
             else:
                 self._set_operand(node, OPERANDS[node.op][field], field, array)
@@ -218,28 +269,35 @@ class OnnxGraph:
                 node.attrs.pop(name, None)
         self.edits += 1
 
-    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
+    def set_padding(self, op: Conv | AveragePool | MaxPool, padding: Padding) -> None:
         node: gs.Node = op.node
-        self.wiring.set_input(node, 0, pad.input)
         self.wiring.set_attribute(node, "pads", [before for before, _ in padding] + [after for _, after in padding])
         node.attrs.pop("auto_pad", None)
         if isinstance(op, AveragePool):
             self.wiring.set_attribute(node, "count_include_pad", 1)
-        self._record_origin(node, pad)
         self.edits += 1
 
     def replace(self, op: Op, by: Value) -> None:
         producer = self.producer(by)
+        was_read = op.node is not None and self.wiring.is_read(op.node)
         if self.can_vanish(op, by):
             pairs = self._pairs(op, by)
-            if op.node is not None:
-                self.wiring.erase(op.node)
+            for node in self._nodes(op):
+                self.wiring.erase(node)
             for output, value in pairs:
                 self._redirect(output, value)
         else:
             self._become_identity(op.node, by)
-        if producer is not None and op.node is not None:
-            self._record_origin(producer, op)
+        if producer is not None and was_read:
+            self._note_origin(producer, op.node)
+        self.edits += 1
+
+    def set_input(self, op: Op, value: Value) -> None:
+        node, old = op.node, op.input  # type: ignore[attr-defined]
+        position = next(i for i, tensor in enumerate(node.inputs) if tensor is old)
+        self.wiring.set_input(node, position, value)
+        if (producer := self.producer(old)) is not None:
+            self._note_origin(node, producer)
         self.edits += 1
 
     def replace_with_constant(self, op: Op) -> None:
@@ -248,7 +306,9 @@ class OnnxGraph:
             uses = self.wiring.uses(output)
             if not uses:
                 continue
-            constant = self._new_constant(self.wiring.scope(node), output.name, self.known.evaluate(output), node)
+            value = self.known.evaluate(output) if output in self.known else self.known.reshape_target(output)
+            assert value is not None  # otherwise it is no `Constant`
+            constant = self._new_constant(self.wiring.scope(node), output.name, value, node)
             for reader, position in uses:
                 self.wiring.set_input(reader, position, constant)
         self.wiring.erase(node)
@@ -261,6 +321,7 @@ class OnnxGraph:
     def commit(self) -> None:
         self.wiring.sweep(keep=self.known.overridable)
         self.wiring.settle()
+        self._readings.clear()
 
     def to_model(self) -> ModelFile:
         """Patch what changed into the model and return it; this graph is not to be used after that."""
@@ -273,9 +334,13 @@ class OnnxGraph:
     def _constant_ops(self) -> Iterator[Constant]:
         """Nodes whose outputs are known, at the edge: what only feeds others of their kind goes with them."""
         for node in self.wiring.order:
-            if node.op == "Constant" or self.wiring.is_erased(node) or not self.known.is_foldable(node):
+            if self.wiring.is_erased(node) or any(self.wiring.public(output) for output in node.outputs):
                 continue
-            if any(self.wiring.public(output) for output in node.outputs):
+            if (target := self._only_a_target(node)) is not None:
+                yield Constant(node, node.outputs[0], elements_freed=0, elements_made=target.size)
+            if self.wiring.is_erased(node) or not self.known.is_foldable(node):
+                continue
+            if node.op == "Constant" and not self._holds_initializers(self.wiring.scope(node)):
                 continue
             readers = [reader for output in node.outputs for reader, _ in self.wiring.uses(output)]
             if all(self.known.is_foldable(reader) for reader in readers):
@@ -284,20 +349,38 @@ class OnnxGraph:
                 made = sum(self.known.evaluate(output).size for output in node.outputs if self.wiring.uses(output))
             except CannotEvaluate:
                 continue
-            yield Constant(node, node.outputs[0], elements_freed=self._freed(node), elements_made=made)
+            freed = made if node.op == "Constant" else self._freed(node.inputs, node)
+            yield Constant(node, node.outputs[0], elements_freed=freed, elements_made=made)
 
-    def _freed(self, node: gs.Node) -> int:
-        """How many elements of constants nobody reads any more once `node` is gone."""
-        freed, going = 0, [node]
-        while going:
-            for tensor in going.pop().inputs:
-                if tensor.is_empty() or len(self.wiring.uses(tensor)) != 1 or self.wiring.public(tensor):
-                    continue
-                producer = self.producer(tensor)
-                if producer is not None and producer.op != "Constant":
-                    going.append(producer)
-                else:
-                    freed += elements(self.known.shape(tensor) or ()) or 0
+    def _only_a_target(self, node: gs.Node) -> Array | None:
+        """What the node makes where only Reshapes read it, as their target: one size need not be known."""
+        output = node.outputs[0] if len(node.outputs) == 1 else None
+        if output is None or output in self.known:
+            return None
+        uses = self.wiring.uses(output)
+        are_targets = (
+            reader.op == "Reshape" and position == 1 and is_standard(reader) and not reader.attrs.get("allowzero")
+            for reader, position in uses
+        )
+        return self.known.reshape_target(output) if uses and all(are_targets) else None
+
+    def _freed(self, tensors: Sequence[gs.Tensor], reader: gs.Node) -> int:
+        """How many elements of constants nobody reads any more once `reader` does not read `tensors`."""
+        freed, going, pending = 0, {id(reader)}, list(tensors)
+        counted: set[int] = set()
+        while pending:
+            tensor = pending.pop()
+            if tensor.is_empty() or id(tensor) in counted or self.wiring.public(tensor):
+                continue
+            if not all(id(user) in going for user, _ in self.wiring.uses(tensor)):
+                continue  # seen again with the next of its readers that goes
+            counted.add(id(tensor))
+            producer = self.producer(tensor)
+            if producer is None or producer.op == "Constant":
+                freed += elements(self.known.shape(tensor) or ()) or 0
+            elif all(output is tensor or not self.wiring.uses(output) for output in producer.outputs):
+                going.add(id(producer))
+                pending += producer.inputs
         return freed
 
     def _dead_ops(self) -> Iterator[Dead]:
@@ -314,11 +397,6 @@ class OnnxGraph:
             yield Duplicate(node, output, by)
 
     # -- small edits
-
-    def _record_origin(self, node: gs.Node, op: Op) -> None:
-        """Remember that `op`, and whatever went into it, went into the node."""
-        origins = self._origins.setdefault(id(node), [])
-        origins += [*self._origins.get(id(op.node), ()), op.node.name or op.output.name]
 
     def _pairs(self, op: Op, by: gs.Tensor) -> list[tuple[gs.Tensor, gs.Tensor]]:
         """(output, what its readers are to read)."""
@@ -347,6 +425,33 @@ class OnnxGraph:
             output, value, readers = value, output, others
         for reader, position in readers:
             self.wiring.set_input(reader, position, value)
+
+    def _resizes(self, op: Conv | Linear, weight: Array | None) -> bool:
+        """Whether the new weight makes another number of outputs."""
+        old = self.shape(op.weight)
+        return weight is not None and (old is None or old[op.out_axis] != weight.shape[op.out_axis])
+
+    def _forget_size(self, op: Conv | Linear) -> None:
+        """What is stated of the size of the op's output is no longer true."""
+        product = op.node.outputs[0]
+        if product is not op.output:  # of a MatMul whose bias an Add adds
+            fresh = gs.Variable(self._fresh(product.name))
+            uses = self.wiring.uses(product)
+            self.wiring.set_output(op.node, product, fresh)
+            self.wiring.scope(op.node).dropped.add(product.name)
+            for add, position in uses:
+                self.wiring.set_input(add, position, fresh)
+        self.known.forget(op.output)
+
+    def _nodes(self, op: Op) -> list[gs.Node]:
+        """The nodes that go with an op: both of a MatMul and the Add of its bias, none of a stored constant."""
+        last = self.producer(op.output)
+        return [node for node in ([last] if last is op.node else [last, op.node]) if node is not None]
+
+    def _note_origin(self, node: gs.Node, gone: gs.Node) -> None:
+        """Remember that `gone` is part of the node now."""
+        origins = self._origins.setdefault(id(node), [])
+        origins += [*self._origins.get(id(gone), ()), gone.name or gone.outputs[0].name]
 
     def _become_identity(self, node: gs.Node, by: gs.Tensor) -> None:
         """Where both names are in a signature, a node must stay between them."""
@@ -378,7 +483,7 @@ class OnnxGraph:
         name = self._fresh(base.removesuffix("_folded") + "_folded")
         tensor = gs.Constant(name, LazyValues(self._model.tensor(name, array)))
         scope.changed = True
-        if not scope.in_function and (self._ir_version >= FORMAL_INPUTS_BEFORE_IR or scope.parent is None):
+        if self._holds_initializers(scope):
             scope.new_constants.append(tensor)
             self.wiring.adopt(scope, tensor)
             self.known.add(tensor)
@@ -390,6 +495,9 @@ class OnnxGraph:
         self.wiring.adopt(scope, output)
         self.known.add(output)
         return output
+
+    def _holds_initializers(self, scope: Scope) -> bool:
+        return not scope.in_function and (self._ir_version >= FORMAL_INPUTS_BEFORE_IR or scope.parent is None)
 
     def _fresh(self, name: str) -> str:
         candidate, number = name, 1

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, GraphProto, TensorProto
+from onnx import AttributeProto, GraphProto, TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from fuser.files import ModelFile
 from fuser.graph import Array
 from fuser.graphs.onnx_readers import OLDEST_OPSET
+from fuser.graphs.onnx_sizes import MAX_SIZES, SizeArithmetic
 from fuser.graphs.onnx_values import (
     EVALUABLE,
     CannotEvaluate,
@@ -27,6 +28,10 @@ from fuser.graphs.onnx_values import (
 )
 from fuser.graphs.onnx_wiring import Scope, Wiring, has_references, is_standard
 from fuser.remarks import Missed
+
+_FOLDABLE = EVALUABLE | {"Constant"}
+_NEED_A_SHAPE = {"Shape", "Size"}
+"""Operators that may be known although their first operand is not."""
 
 SMALL = 1 << 20
 """Computed values up to this many bytes are kept; larger ones are computed again when asked for."""
@@ -48,6 +53,8 @@ class KnownValues:
         self.overridable: dict[int, gs.Tensor] = {}
         self._values: dict[int, Array] = {}
         self._types: dict[int, tuple[int, Shape | None]] | None = None
+        self._sizes = SizeArithmetic(self.shape, self._small)
+        self._sized: dict[int, gs.Node] = {}
         for scope in wiring.scopes:
             for tensor in scope.names.values():
                 if scope is wiring.scopes[0] and tensor.name in overridable and not frozen:
@@ -56,6 +63,7 @@ class KnownValues:
                     self._known[id(tensor)] = tensor
         for node in wiring.order:
             self._classify(node)
+        self._infer_further()
 
     def add(self, tensor: gs.Tensor) -> None:
         """A new constant."""
@@ -81,20 +89,26 @@ class KnownValues:
         if id(tensor) not in self._known:
             return Missed("not-constant", f"{tensor.name!r} is not known before run time")
         try:
-            return self.evaluate(tensor)
+            return self._stored(tensor) if isinstance(tensor, gs.Constant) else self.evaluate(tensor)
         except CannotEvaluate as error:
             return Missed("not-constant", f"{tensor.name!r} is not known before run time: {error}")
 
     def is_foldable(self, node: gs.Node) -> bool:
         """Whether all that the node makes is known: its inputs are, and it does the same every time."""
+        if id(node) in self._sized:
+            return True
+        if node.op not in _FOLDABLE or not is_standard(node):
+            return False
+        if node.inputs and id(node.inputs[0]) not in self._known and node.op not in _NEED_A_SHAPE:
+            return False  # mostly the first operand decides; no such operator can go without it
         scope = self._wiring.scope(node)
-        if not is_standard(node) or scope.frozen or scope.opset < OLDEST_OPSET:
+        if scope.frozen or scope.opset < OLDEST_OPSET:
             return False
         if node.op == "Constant":
             return bool(node.attrs) and "sparse_value" not in node.attrs and not has_references(node)
-        if node.op not in EVALUABLE or not node.inputs:
+        if not node.inputs:
             return False
-        for position, tensor in enumerate(node.inputs):  # mostly the first one decides
+        for position, tensor in enumerate(node.inputs):
             if id(tensor) not in self._known and not tensor.is_empty() and self._stand_in(node, position) is None:
                 return False
         return not has_references(node)
@@ -150,6 +164,10 @@ class KnownValues:
         if self._types is not None and id(source) in self._types:
             self._types.setdefault(id(tensor), self._types[id(source)])
 
+    def forget(self, tensor: gs.Tensor) -> None:
+        """The shape of `tensor` is no longer what was inferred."""
+        self._inferred().pop(id(tensor), None)
+
     # -- one sweep at the start
 
     def _classify(self, node: gs.Node) -> None:
@@ -157,6 +175,47 @@ class KnownValues:
             self._quantized.update((id(output), output) for output in node.outputs)
         elif self.is_foldable(node):
             self._known.update((id(output), output) for output in node.outputs)
+        elif is_standard(node) and not self._wiring.scope(node).frozen and not has_references(node):
+            self._classify_sizes(node)
+
+    def _classify_sizes(self, node: gs.Node) -> None:
+        """Sizes may be known where not all of the shape is that they are taken from."""
+        sizes = self._sizes.visit(node)
+        if sizes is None or not all(isinstance(size, int) for size in sizes.flat):
+            return
+        element_type = self.element_type(node.outputs[0])
+        dtype = None if element_type is None else numpy_dtype(element_type)
+        if dtype is None or dtype.kind not in "ib":
+            return
+        with contextlib.suppress(OverflowError):
+            array = sizes.astype(dtype)
+            array.flags.writeable = False
+            self._known[id(node.outputs[0])] = node.outputs[0]
+            self._values[id(node.outputs[0])] = array
+            self._sized[id(node)] = node
+
+    def reshape_target(self, tensor: gs.Tensor) -> Array | None:
+        """What a Reshape may be given for `tensor`: sizes that are known but for one, which the number of elements
+        tells.  None where there are more, or a 0 or -1 that says something else."""
+        sizes = self._sizes.of(tensor)
+        if sizes is None or sizes.ndim != 1:
+            return None
+        known = [size for size in sizes if isinstance(size, int)]
+        if len(known) != sizes.size - 1 or not all(size > 0 for size in known):
+            return None
+        return np.array([size if isinstance(size, int) else -1 for size in sizes], np.int64)
+
+    def _small(self, tensor: gs.Tensor) -> Array | None:
+        """The value of a small constant."""
+        if tensor not in self:
+            return None
+        shape = self.shape(tensor)
+        count = None if shape is None else elements(shape)
+        if count is None or count > MAX_SIZES:
+            return None
+        with contextlib.suppress(CannotEvaluate):
+            return self.evaluate(tensor)
+        return None
 
     def _is_quantized(self, node: gs.Node) -> bool:
         given = [tensor for tensor in node.inputs if not tensor.is_empty()]
@@ -216,13 +275,70 @@ class KnownValues:
             raise CannotEvaluate(f"{tensor.name!r} is sparse")
         return self._model.array(proto)
 
-    # -- types and shapes, inferred once, when first asked for
+    # -- types and shapes
 
     def _inferred(self) -> dict[int, tuple[int, Shape | None]]:
         if self._types is None:
             self._types = {}
             self._collect(self._wiring.scopes[0], infer_shapes(self._model.proto).graph)
         return self._types
+
+    def _infer_further(self) -> None:
+        """Infer shapes again with what was computed, until that tells nothing new.
+
+        Inference does not compute the operand of a Reshape; and behind one whose size is not known, a `Shape` is not
+        known before run time, nor is what is computed of it.
+        """
+        sizes: dict[str, Array] = {}
+        shapes: dict[str, tuple[int, Shape]] = {}
+        while self._has_unknown_shapes():
+            edge = [output for output in self._computed_edge() if output.name not in sizes | shapes]
+            new_sizes = {output.name: value for output in edge if (value := self._size(output)) is not None}
+            # What is no size is asked only when all sizes have told what they could: it may be large.
+            new_shapes = {} if new_sizes else self._unknown_shapes(edge)
+            if not new_sizes and not new_shapes:
+                return
+            sizes, shapes = sizes | new_sizes, shapes | new_shapes
+            self._collect(self._wiring.scopes[0], infer_shapes(self._model.proto, sizes, shapes).graph)
+            for node in self._wiring.order:
+                self._classify(node)
+
+    def _has_unknown_shapes(self) -> bool:
+        outputs = (output for node in self._wiring.order if not self.is_foldable(node) for output in node.outputs)
+        return any(not _is_proven(self._inferred_shape(output)) for output in outputs if not output.is_empty())
+
+    def _computed_edge(self) -> list[gs.Tensor]:
+        """What nodes of the main graph make of constants alone, and other nodes read."""
+        main = self._wiring.scopes[0]
+        return [
+            output
+            for node in self._wiring.order
+            if self._wiring.scope(node) is main and node.op != "Constant" and self.is_foldable(node)
+            for output in node.outputs
+            if any(not self.is_foldable(reader) for reader, _ in self._wiring.uses(output))
+        ]
+
+    def _size(self, tensor: gs.Tensor) -> Array | None:
+        """The value, where it can say a shape, axes or bounds: a few whole numbers."""
+        shape, element_type = self._inferred_shape(tensor), self.element_type(tensor)
+        if element_type not in (None, TensorProto.INT64, TensorProto.INT32):
+            return None
+        if shape is not None and (elements(shape) or 0) > MAX_SIZES:
+            return None
+        with contextlib.suppress(CannotEvaluate):
+            value = self.evaluate(tensor)
+            return value if value.dtype.kind == "i" and value.size <= MAX_SIZES else None
+        return None
+
+    def _unknown_shapes(self, tensors: Sequence[gs.Tensor]) -> dict[str, tuple[int, Shape]]:
+        """Element types and shapes that only the values tell."""
+        found: dict[str, tuple[int, Shape]] = {}
+        for tensor in tensors:
+            if not _is_proven(self._inferred_shape(tensor)):
+                with contextlib.suppress(CannotEvaluate, KeyError):
+                    value = self.evaluate(tensor)
+                    found[tensor.name] = int(helper.np_dtype_to_tensor_dtype(value.dtype)), value.shape
+        return found
 
     def _inferred_shape(self, tensor: gs.Tensor) -> Shape | None:
         return self._inferred().get(id(tensor), (0, None))[1]
@@ -236,6 +352,10 @@ class KnownValues:
         if len(bodies) == len(scope.children) and not scope.frozen:
             for child, body in zip(scope.children, bodies, strict=True):
                 self._collect(child, body)
+
+
+def _is_proven(shape: Shape | None) -> bool:
+    return shape is not None and None not in shape
 
 
 def tensor_proto(tensor: gs.Constant) -> TensorProto | None:

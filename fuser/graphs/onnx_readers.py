@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
+from onnx import TensorProto
 
 from fuser import ops
 from fuser.graph import Array, Dim
@@ -30,6 +31,7 @@ OPERANDS: dict[str, dict[str, int]] = {
     "Gemm": {"weight": 1, "bias": 2},
     "MatMul": {"weight": 1},
     "BatchNormalization": {"scale": 1, "bias": 2, "mean": 3, "var": 4},
+    "LayerNormalization": {"bias": 2},
     "DequantizeLinear": {"scale": 1},
     "Add": {"left": 0, "right": 1},
     "Sub": {"left": 0, "right": 1},
@@ -226,6 +228,16 @@ def _batch_norm(n: NodeReader) -> ops.Op:
     )
 
 
+def _layer_norm(n: NodeReader) -> ops.Op:
+    """Over the last axis; the outputs that follow are statistics of the input, which no scale and bias change."""
+    value, axis = n.required(0), n.attribute("axis", -1)
+    rank = n.graph.rank(value)
+    if axis not in (-1, None if rank is None else rank - 1):
+        raise Unreadable
+    axis = -1 if rank is None else rank - 1
+    return ops.Normalization(n.node, n.output, value, n.required(1), n.input(2), axis, keeps_scale=True)
+
+
 def _dropout(n: NodeReader) -> ops.Op:
     if n.extra_outputs and any(n.graph.uses(mask) or n.graph.is_public(mask) for mask in n.extra_outputs):
         raise Unreadable
@@ -239,13 +251,83 @@ def _identity(n: NodeReader) -> ops.Op:
 
 
 def _cast(n: NodeReader) -> ops.Op:
-    if n.graph.element_type(n.required(0)) != n.attribute("to"):
+    """A Cast to the type it has, or back to the type that a wider one was made of."""
+    value, to = n.required(0), n.attribute("to")
+    if n.graph.element_type(value) == to:
+        return ops.Identity(n.node, n.output, value)
+    inner = n.graph.producer(value)
+    if inner is None or inner.op != "Cast" or inner.domain not in (None, "", "ai.onnx"):
+        raise Unreadable
+    if n.graph.element_type(inner.inputs[0]) != to or not _is_lossless(to, n.graph.element_type(value)):
+        raise Unreadable
+    return ops.Identity(n.node, n.output, inner.inputs[0])
+
+
+def _is_lossless(narrow: int, wide: int | None) -> bool:
+    """Whether every number of one type is one of the other, too."""
+    if wide is None or TensorProto.BFLOAT16 in (narrow, wide):
+        return narrow == TensorProto.BFLOAT16 and wide in (TensorProto.FLOAT, TensorProto.DOUBLE)
+    a, b = numpy_dtype(narrow), numpy_dtype(wide)
+    if a is None or b is None or (a.kind == "f") != (b.kind == "f") or not {a.kind, b.kind} <= set("fiu"):
+        return False
+    return bool(np.can_cast(a, b))
+
+
+def _reshape(n: NodeReader) -> ops.Op:
+    return ops.Reshape(n.node, n.output, n.required(0), absolute=n.node.op == "Reshape" and _says_all(n))
+
+
+def _says_all(n: NodeReader) -> bool:
+    """Whether the target of a Reshape copies no size from its input, as a 0 does."""
+    target = n.graph.constant(n.required(1))
+    return not isinstance(target, Missed) and bool((target != 0).all() or n.attribute("allowzero", 0))
+
+
+def _expand(n: NodeReader) -> ops.Op:
+    """To sizes that are 1 or those it has."""
+    value, target = n.required(0), n.known(1).tolist()
+    shape = n.graph.shape(value)
+    if shape is None or len(target) > len(shape):
+        raise Unreadable
+    if any(size not in (1, there) for size, there in zip(reversed(target), reversed(shape), strict=False)):
+        raise Unreadable
+    return ops.Identity(n.node, n.output, value)
+
+
+def _tile(n: NodeReader) -> ops.Op:
+    if (n.known(1) != 1).any():
         raise Unreadable
     return ops.Identity(n.node, n.output, n.required(0))
 
 
-def _reshape(n: NodeReader) -> ops.Op:
-    return ops.Reshape(n.node, n.output, n.required(0))
+def _slice(n: NodeReader) -> ops.Op:
+    """From the first element to the last, of every axis."""
+    value = n.required(0)
+    if n.opset < 10:
+        starts, ends, axes, steps = n.attribute("starts"), n.attribute("ends"), n.attribute("axes"), None
+    else:
+        starts, ends = n.known(1).tolist(), n.known(2).tolist()
+        axes, steps = (n.known(i).tolist() if n.input(i) is not None else None for i in (3, 4))
+    axes = range(len(starts)) if axes is None else axes
+    if any(starts) or any(step != 1 for step in steps or ()):
+        raise Unreadable
+    shape = n.graph.shape(value)
+    for axis, end in zip(axes, ends, strict=True):
+        size = None if shape is None else shape[axis]
+        if end < (size if isinstance(size, int) else _TO_THE_END):
+            raise Unreadable
+    return ops.Identity(n.node, n.output, value)
+
+
+_TO_THE_END = 2**31 - 1
+"""What exporters write for a slice without an end."""
+
+
+def _of_one(n: NodeReader) -> ops.Op:
+    """The sum, maximum, ... of a single operand."""
+    if len(n.node.inputs) != 1:
+        raise Unreadable
+    return ops.Identity(n.node, n.output, n.required(0))
 
 
 def _transpose(n: NodeReader) -> ops.Op:
@@ -407,6 +489,7 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Gemm": (ops.Linear, _gemm),
     "MatMul": (ops.Linear, _matmul),
     "BatchNormalization": (ops.BatchNorm, _batch_norm),
+    "LayerNormalization": (ops.Normalization, _layer_norm),
     "Add": (ops.Elementwise, _elementwise),
     "Sub": (ops.Elementwise, _elementwise),
     "Mul": (ops.Elementwise, _elementwise),
@@ -414,6 +497,10 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Identity": (ops.Identity, _identity),
     "Dropout": (ops.Identity, _dropout),
     "Cast": (ops.Identity, _cast),
+    "Expand": (ops.Identity, _expand),
+    "Tile": (ops.Identity, _tile),
+    "Slice": (ops.Identity, _slice),
+    **dict.fromkeys(("Sum", "Mean", "Max", "Min"), (ops.Identity, _of_one)),
     "Reshape": (ops.Reshape, _reshape),
     "Flatten": (ops.Reshape, _reshape),
     "Squeeze": (ops.Reshape, _reshape),

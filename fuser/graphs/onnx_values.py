@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fuser.graph import Array, Dim
 
@@ -156,9 +156,34 @@ def type_and_shape(info: onnx.ValueInfoProto) -> tuple[int, Shape | None]:
     )
 
 
-def infer_shapes(model: ModelProto) -> ModelProto:
-    """The model with inferred value_info; the model itself where inference fails (it is only advice)."""
+def infer_shapes(
+    model: ModelProto,
+    values: Mapping[str, Array] | None = None,
+    shapes: Mapping[str, tuple[int, Shape]] | None = None,
+) -> ModelProto:
+    """The model with inferred value_info; the model itself where inference fails (it is only advice).
+
+    values: what is known of the main graph, by name; inference takes it for constants.
+    shapes: element types and shapes that are known.
+    """
     try:
-        return onnx.shape_inference.infer_shapes(model, data_prop=True)
+        stated = _with_known(model, values or {}, shapes or {}) if values or shapes else model
+        return onnx.shape_inference.infer_shapes(stated, data_prop=True)
     except Exception:  # the C++ side raises its own types
         return model
+
+
+def _with_known(model: ModelProto, values: Mapping[str, Array], shapes: Mapping[str, tuple[int, Shape]]) -> ModelProto:
+    """A copy that states them: Constant nodes in the place of nodes with one output, and value_info."""
+    stated = ModelProto()
+    stated.CopyFrom(model)
+    for node in stated.graph.node:
+        if len(node.output) == 1 and node.output[0] in values:
+            name = node.output[0]
+            value = numpy_helper.from_array(values[name])
+            node.CopyFrom(helper.make_node("Constant", [], [name], value=value))
+    del stated.graph.value_info[:]
+    kept = [info for info in model.graph.value_info if info.name not in shapes]
+    stated.graph.value_info.extend(kept)
+    stated.graph.value_info.extend(helper.make_tensor_value_info(name, *known) for name, known in shapes.items())
+    return stated

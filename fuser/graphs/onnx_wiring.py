@@ -389,11 +389,15 @@ def _bodies(nodes: Sequence[gs.Node]) -> Iterator[gs.Graph]:
 def _topological(nodes: list[gs.Node]) -> list[gs.Node]:
     """The nodes in an order in which each is made before it is read; mostly the one they have."""
     mine = {id(node): node for node in nodes}
-    made: set[int] = set()
+    ahead = set(mine)  # what is not made yet
     for node in nodes:
-        if any(id(p) in mine and id(p) not in made for tensor in node.inputs for p in tensor.inputs):
-            break
-        made.add(id(node))
+        for tensor in node.inputs:
+            if tensor.inputs and not ahead.isdisjoint(map(id, tensor.inputs)):
+                break
+        else:
+            ahead.remove(id(node))
+            continue
+        break
     else:
         return nodes
     needs = {id(node): [id(p) for tensor in node.inputs for p in tensor.inputs if id(p) in mine] for node in nodes}

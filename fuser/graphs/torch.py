@@ -22,6 +22,7 @@ from fuser.graphs.torch_captured import CapturedCarrier
 from fuser.graphs.torch_carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
 from fuser.graphs.torch_constants import Constants
 from fuser.graphs.torch_copy import Copier
+from fuser.graphs.torch_costs import multiply_adds
 from fuser.graphs.torch_duplicates import duplicate_nodes
 from fuser.graphs.torch_facts import Facts, common_dtype
 from fuser.graphs.torch_meta import TensorLike, Values, have_one_layout, meta_tensor
@@ -51,6 +52,7 @@ from fuser.graphs.torch_readers import (
 from fuser.graphs.torch_tracing import trace
 from fuser.graphs.torch_values import is_readable, to_array
 from fuser.graphs.torch_wiring import Wiring
+from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
 from fuser.ops import AveragePool, Constant, Conv, Dead, Duplicate, Identity, MaxPool, Op, Pad, Padding, Reshape, Value
 from fuser.remarks import Missed
 
@@ -73,7 +75,7 @@ class TorchGraph:
         self._constants = Constants(self._wiring.order, self._wiring.origin, self._called)
         self._sites = name_sites(self._wiring.order, self._wiring.scopes, self._constants.is_known)
         unknown = [node for node in self._wiring.order if meta_tensor(node) is None]
-        self._facts = Facts(unknown, self._called, self._known_tensor)
+        self._facts = Facts(unknown, self._called, self._constants.described(unknown))
         self._module_tensors: dict[tuple[str, str], ModuleTensor] = {}
 
     @classmethod
@@ -112,8 +114,9 @@ class TorchGraph:
         elif kind is Duplicate:
             yield from cast(Iterator[O], self._duplicate_ops())
         else:
+            kinds = (kind, *MAY_CHANGE_NOTHING) if kind is Identity else kind
             for node in self._wiring.alive():
-                if self._constants.is_known(node) or not issubclass(self._kind(node), kind):
+                if self._constants.is_known(node) or not issubclass(self._kind(node), kinds):
                     continue
                 op = self.read(node)
                 if isinstance(op, kind) and op.node is node:
@@ -121,6 +124,11 @@ class TorchGraph:
 
     def read(self, node: fx.Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
+        op = self._read(node)
+        value = None if op is None else handed_on(self, op)
+        return op if op is None or value is None else Identity(op.node, op.output, value, hooked=op.hooked)
+
+    def _read(self, node: fx.Node) -> Op | None:
         try:
             if (module := self._called(node)) is not None:
                 entry = MODULE_READERS.get(module_class(module))
@@ -192,6 +200,12 @@ class TorchGraph:
     def is_stable(self, value: Value) -> bool:
         return not isinstance(value, fx.Node) or not may_be_written(value, self._called)
 
+    def freed(self, value: Value) -> int:
+        tensor = self._tensor(value)
+        if tensor is not None:
+            return tensor.numel() if len(self.readers(value)) == 1 else 0
+        return self._freed(value) if isinstance(value, fx.Node) and len(value.users) == 1 else 0
+
     def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
         name = self.describe(op)
         refused = refusal(op, name, padding)
@@ -212,6 +226,7 @@ class TorchGraph:
             summary.bytes += tensor.numel() * tensor.element_size()
             if tensor.is_floating_point() or tensor.is_complex():  # counters are not parameters
                 summary.parameters += tensor.numel()
+        summary.multiply_adds = multiply_adds(self, self._wiring)
         return summary
 
     def constants_seen(self) -> list[torch.Tensor]:
@@ -230,6 +245,10 @@ class TorchGraph:
     def common_dtype(self, left: Any, right: Any) -> torch.dtype | None:
         """The floating type of two operands, one of which may be a number, if torch promotes neither."""
         return common_dtype(left, right, self.dtype, self.rank)
+
+    def called(self, node: fx.Node) -> nn.Module | None:
+        """The module that a call_module calls."""
+        return self._called(node)
 
     def is_known(self, value: fx.Node) -> bool:
         """Whether the value is known before run time."""
@@ -306,14 +325,12 @@ class TorchGraph:
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array) -> None:
+    def set_constants(self, op: Op, **arrays: Array | None) -> None:
         set_operands(self, self._wiring, self._constants, op, arrays)
         self.edits += 1
 
-    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
+    def set_padding(self, op: Conv | AveragePool | MaxPool, padding: Padding) -> None:
         set_padding(self._wiring, op, padding)
-        op.node.replace_input_with(pad.output, pad.input)
-        self._carrier.replaced(pad.output, pad.input)
         self.edits += 1
 
     def replace(self, op: Op, by: Value) -> None:
@@ -329,6 +346,13 @@ class TorchGraph:
             self._erase_op(op)
             for user in users:
                 self._constants.learn(user)
+        self.edits += 1
+
+    def set_input(self, op: Op, value: Value) -> None:
+        node, old = op.node, op.input  # type: ignore[attr-defined]
+        node.replace_input_with(old, value)
+        self._wiring.loosen(old)
+        self._wiring.meta.refresh(node)
         self.edits += 1
 
     def replace_with_constant(self, op: Op) -> None:
@@ -380,7 +404,8 @@ class TorchGraph:
                 going.add(operand)
                 pending.append(operand)
                 tensor = self._wiring.origin(operand)
-                freed += tensor.numel() if isinstance(tensor, torch.Tensor) else 0
+                if isinstance(tensor, torch.Tensor) and len(self._wiring.sharers(tensor)) == 1:
+                    freed += tensor.numel()
         return freed
 
     def _dead_ops(self) -> Iterator[Dead]:

@@ -50,6 +50,9 @@ _FUNCTIONS: dict[Any, OpOverload] = {
     torch.matmul: aten.matmul.default,
     operator.matmul: aten.matmul.default,
     torch.batch_norm: aten.batch_norm.default,
+    torch.layer_norm: aten.layer_norm.default,
+    torch.rms_norm: aten.rms_norm.default,
+    torch.group_norm: aten.group_norm.default,
     torch.add: aten.add.Tensor,
     operator.add: aten.add.Tensor,
     operator.iadd: aten.add_.Tensor,
@@ -130,6 +133,9 @@ _METHODS: dict[str, OpOverload] = {
 }
 _PYTHON_FUNCTIONS: dict[Any, str] = {
     F.batch_norm: "batch_norm",
+    F.layer_norm: "layer_norm",
+    F.rms_norm: "rms_norm",
+    F.group_norm: "group_norm",
     F.dropout: "dropout",
     F.dropout1d: "dropout",
     F.dropout2d: "dropout",

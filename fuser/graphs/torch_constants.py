@@ -115,6 +115,21 @@ class Constants:
         self.seen[id(tensor)] = tensor
         return tensor
 
+    def described(self, nodes: Iterable[fx.Node]) -> dict[fx.Node, torch.Tensor]:
+        """Shapes and types, as meta tensors, of what is known; `nodes` in topological order.  Computes no numbers."""
+        found: dict[fx.Node, Any] = {}
+        with torch.device("meta"), torch.no_grad():
+            for node in filter(self.is_known, nodes):
+                origin = self._origin(node)
+                try:
+                    if isinstance(origin, torch.Tensor):
+                        found[node] = torch.empty_like(origin, device="meta")
+                    else:
+                        found[node] = found[origin] if isinstance(origin, fx.Node) else _computed(node, found)
+                except Exception:  # of whatever needs numbers; it is computed when it is asked for
+                    continue
+        return {node: value for node, value in found.items() if isinstance(value, torch.Tensor)}
+
     def _tensor(self, leaf: fx.Node) -> torch.Tensor:
         tensor = self._origin(leaf)
         assert isinstance(tensor, torch.Tensor)

@@ -8,7 +8,8 @@ unbatched input too.  What is known is kept as bounds: a `BatchNorm1d` takes two
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,9 @@ class Bounds(NamedTuple):
         return Bounds(max(self.low + axes, 0), self.high + axes)
 
 
+MAX_SWEEPS = 10
+"""There and back over the nodes, until nothing new is learned: two or three sweeps, but for contrived graphs."""
+
 TAKES: dict[type[nn.Module], Bounds] = {
     **{conv: Bounds(axes + 1, axes + 2) for conv, axes in CONVS.items()},
     **{pool: Bounds(axes + 1, axes + 2) for pool, axes in POOLS.items()},
@@ -71,25 +75,27 @@ class Facts:
     """What is proven about every node; values do not change their rank or dtype, so it holds through edits.
 
     module: the module that a call_module calls.
-    leaf: the tensor that a get_attr stands for.
+    known: tensors with the shape and type of what is known before run time.
     """
 
     def __init__(
         self,
         nodes: Iterable[fx.Node],
         module: Callable[[fx.Node], nn.Module | None],
-        leaf: Callable[[fx.Node], torch.Tensor | None],
+        known: Mapping[fx.Node, torch.Tensor],
     ) -> None:
         self.dtype: dict[fx.Node, torch.dtype] = {}
         self._bounds: dict[fx.Node, Bounds] = {}
-        self._module, self._leaf = module, leaf
-        nodes = list(nodes)
-        for node in nodes:
-            self._visit(node)
-        for node in reversed(nodes):
-            self._visit(node)
-        for node in nodes:
-            self._visit(node)
+        self._module, self._known = module, known
+        self._has_learned = True
+        order = list(nodes)
+        for _ in range(MAX_SWEEPS):
+            if not self._has_learned:
+                break
+            self._has_learned = False
+            for node in order:
+                self._visit(node)
+            order.reverse()
 
     def rank(self, node: fx.Node) -> int | None:
         low, high = self._bounds.get(node, Bounds())
@@ -97,9 +103,9 @@ class Facts:
 
     def _visit(self, node: fx.Node) -> None:
         """What a node proves of its operands and of its output."""
-        leaf = self._leaf(node)
-        if leaf is not None:
-            self._learn(node, Bounds(leaf.dim(), leaf.dim()), leaf.dtype)
+        known = self._known.get(node)
+        if known is not None:
+            self._learn(node, Bounds(known.dim(), known.dim()), known.dtype)
         elif node.op == "call_module":
             self._visit_module(node, self._module(node))
         elif node.op in ("call_function", "call_method"):
@@ -133,6 +139,8 @@ class Facts:
                 self._relate(node, tensor, 0, dtype)
         elif data is None:
             return
+        elif name == "_assert":
+            self._asserted(data)
         elif name == "matmul":
             if self.rank(given["other"]) == 2:
                 self._relate(node, data, 0, self._dtype_of(given["other"]))
@@ -140,6 +148,14 @@ class Facts:
             self._relate(node, data, 0, self._dtype_of(given.get("weight")) or self.dtype.get(data))
         elif found is not None:
             self._reshape(node, data, name, given)
+
+    def _asserted(self, condition: fx.Node) -> None:
+        """`torch._assert(x.ndim == 4, ...)`, as in layers that work on functions instead of modules."""
+        if condition.target is not operator.eq or len(condition.args) != 2:
+            return
+        for counted, axes in (condition.args, condition.args[::-1]):
+            if isinstance(counted, fx.Node) and isinstance(axes, int) and _counts_axes(counted):
+                self._learn(counted.all_input_nodes[0], Bounds(axes, axes))
 
     def _reshape(self, node: fx.Node, data: fx.Node, name: str, given: dict[str, Any]) -> None:
         dtype = self.dtype.get(data)
@@ -191,7 +207,11 @@ class Facts:
         self._learn(operand, self._bounds[node].plus(-axes))
 
     def _learn(self, node: fx.Node, bounds: Bounds, dtype: torch.dtype | None = None) -> None:
-        self._bounds[node] = self._bounds.get(node, Bounds()).meet(bounds)
+        old = self._bounds.get(node)
+        new = (old or Bounds()).meet(bounds)
+        is_news = new != old or (dtype is not None and node not in self.dtype)
+        self._has_learned = self._has_learned or is_news
+        self._bounds[node] = new
         if dtype is not None:
             self.dtype.setdefault(node, dtype)
 
@@ -213,6 +233,13 @@ def common_dtype(
         return result if result and scalar and result.is_floating_point and not scalar.is_complex else None
     result = dtypes[0]
     return result if result is not None and result.is_floating_point else None
+
+
+def _counts_axes(node: fx.Node) -> bool:
+    """Whether the node is `x.ndim` or `x.dim()`."""
+    if node.op == "call_method":
+        return node.target in ("dim", "ndimension")
+    return node.target is getattr and node.args[1] == "ndim"
 
 
 def _operator_name(node: fx.Node) -> str:

@@ -68,6 +68,14 @@ class Meta:
             if self._has_tensor_meta and isinstance(value, torch.Tensor):
                 node.meta["tensor_meta"] = _extract_tensor_metadata(value)
 
+    def refresh(self, node: fx.Node) -> None:
+        """Record what a node evaluates to, now that its operands are of other sizes."""
+        if self._mode is not None and node.op == "call_function":
+            with self._evaluating():
+                self.record({node: self._evaluate(node, {})})
+        else:
+            node.meta.pop("tensor_meta", None)
+
     def relaid(self, node: fx.Node, value: Any) -> Values | None:
         """What nodes evaluate to if `node` evaluates to `value`, the same numbers in another layout.
 

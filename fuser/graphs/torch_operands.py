@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from fuser.graphs.torch_copy import shallow
 from fuser.graphs.torch_readers import MODULE_OPERANDS, OPERANDS
 from fuser.graphs.torch_values import to_array, to_tensor
 from fuser.graphs.torch_wiring import Wiring
-from fuser.ops import Linear, Op
+from fuser.ops import Conv, Linear, Op
 
 if TYPE_CHECKING:
     from fuser.graphs.torch import TorchGraph
@@ -38,19 +38,35 @@ def factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     return data, weight
 
 
-def set_operands(graph: TorchGraph, wiring: Wiring, constants: Constants, op: Op, arrays: Mapping[str, Array]) -> None:
-    """Set new constants by the names of the op's fields; nobody else's change."""
+Arrays: TypeAlias = Mapping[str, Array | None]
+
+
+def set_operands(graph: TorchGraph, wiring: Wiring, constants: Constants, op: Op, arrays: Arrays) -> None:
+    """Set new constants by the names of the op's fields, or take them away; nobody else's change."""
+    resizes = isinstance(op, Conv | Linear) and _resizes(graph, op, arrays.get("weight"))
     if op.node.op == "call_module":
         _call_own_module(wiring, op, arrays)
     else:
-        _Arguments(graph, wiring, constants, op).set(dict(arrays))
+        _Arguments(graph, wiring, constants, op).set(arrays)
+    if resizes:
+        for node in dict.fromkeys((op.node, op.output)):
+            wiring.meta.refresh(node)
 
 
-def _call_own_module(wiring: Wiring, op: Op, arrays: Mapping[str, Array]) -> None:
+def _resizes(graph: TorchGraph, op: Conv | Linear, weight: Array | None) -> bool:
+    """Whether the new weight makes another number of outputs."""
+    old = graph.shape(op.weight)
+    return weight is not None and (old is None or old[op.out_axis] != weight.shape[op.out_axis])
+
+
+def _call_own_module(wiring: Wiring, op: Op, arrays: Arrays) -> None:
     old = cast(nn.Module, wiring.called(op.node))
     own = shallow(old)
     for field, array in arrays.items():
         name = MODULE_OPERANDS[type(op)][field]
+        if array is None:
+            own._parameters[name] = None
+            continue
         like = getattr(old, name, None)
         if not isinstance(like, torch.Tensor):
             like = next(chain(old.parameters(), old.buffers()))
@@ -59,7 +75,23 @@ def _call_own_module(wiring: Wiring, op: Op, arrays: Mapping[str, Array]) -> Non
             own._buffers[name] = tensor
         else:
             own._parameters[name] = nn.Parameter(tensor, requires_grad=like.requires_grad)
+    if isinstance(op, Conv | Linear):
+        _state_sizes(own, op)
+    for name in ("elementwise_affine", "affine"):  # what a normalization says of itself
+        if hasattr(own, name) and getattr(own, "weight", None) is None:
+            setattr(own, name, False)
     wiring.call_own(op.node, own)
+
+
+def _state_sizes(module: Any, op: Conv | Linear) -> None:
+    """What a module says of the sizes of its weight; nothing in torch computes with it."""
+    outputs, inputs = module.weight.shape[:2]
+    if isinstance(op, Linear):
+        module.out_features, module.in_features = outputs, inputs
+    elif op.transposed:
+        module.in_channels, module.out_channels = outputs, inputs * op.groups
+    else:
+        module.out_channels, module.in_channels = outputs, inputs * op.groups
 
 
 class _Arguments:
@@ -72,7 +104,10 @@ class _Arguments:
         self._is_product = self._signature.name in ("mm", "matmul")
         self._bias = graph.bias_add(self._node) if self._is_product else None
 
-    def set(self, arrays: dict[str, Array]) -> None:
+    def set(self, given: Arrays) -> None:
+        arrays = {field: array for field, array in given.items() if array is not None}
+        for field in given.keys() - arrays.keys():
+            self._take_away(OPERANDS[self._signature.name][field])
         if self._signature.name == "bmm":
             self._become_linear(**arrays)
             return
@@ -94,17 +129,21 @@ class _Arguments:
             kept = {name: value for name, value in self._node.kwargs.items() if name not in ("alpha", "beta")}
             self._node.kwargs = kept
 
+    def _take_away(self, name: str) -> None:
+        old = _arguments(self._node)[name]
+        write(self._node, self._signature, name, None)
+        self._wiring.loosen(old)
+
     def _become_biased(self, bias: Array, weight: Array | None = None) -> None:
         """A matrix product with a bias is another operator: `addmm`, or `linear` where there are batch axes."""
-        node, (data, old) = self._node, factors(self._node)
-        is_aten = isinstance(node.target, OpOverload)
-        added = self._constant(node, "bias", bias, None)
-        if self._signature.name == "mm":
-            target: Any = aten.addmm.default if is_aten else torch.addmm
-            new = old if weight is None else self._constant(node, "weight", weight, old)
-            self._wiring.become(node, target, added, data, new)
-        else:
+        if self._signature.name != "mm":
             self._become_linear(weight, bias)
+            return
+        node, (data, old) = self._node, factors(self._node)
+        target: Any = aten.addmm.default if isinstance(node.target, OpOverload) else torch.addmm
+        added = self._constant(node, "bias", bias, None)
+        new = old if weight is None else self._constant(node, "weight", weight, old)
+        self._wiring.become(node, target, added, data, new)
 
     def _become_linear(self, weight: Array | None = None, bias: Array | None = None) -> None:
         """`linear` takes the matrix the other way round, once for the whole batch."""

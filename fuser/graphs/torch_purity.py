@@ -22,6 +22,8 @@ _IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name) for name in dir(operator) if name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
 ) | {operator.setitem, operator.delitem}
 _UNINITIALIZED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
+_CASTS = frozenset({"float", "double", "half", "bfloat16", "long", "int", "short", "char", "byte", "bool"})
+"""Methods that are `to` under another name."""
 _AUTOGRAD_ONLY = frozenset({"detach_"})
 """In place for autograd; the numbers stay."""
 
@@ -109,7 +111,7 @@ def is_known_function(function: Any) -> bool:
 def is_deterministic(node: fx.Node) -> bool:
     """Whether equal inputs always give an equal output and nothing else happens, so that it can be precomputed."""
     if node.op == "call_method":
-        return _is_deterministic_name(str(node.target))
+        return node.target in _CASTS or _is_deterministic_name(str(node.target))
     if node.op != "call_function" or isinstance(node.target, HigherOrderOperator):
         return False
     target: Any = node.target

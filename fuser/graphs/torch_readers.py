@@ -202,6 +202,31 @@ def _batch_norm(call: Call) -> ops.Op:
     )
 
 
+def _layer_norm(call: Call) -> ops.Op:
+    """Over the last axis.  An RMSNorm promotes, so its scale has to be of the type of its input."""
+    value, scale, sizes = call.required("input"), call.value("weight"), call.static("normalized_shape")
+    promotes = "rms" in call.name and scale is not None and call.graph.dtype(value) != call.graph.dtype(scale)
+    if promotes or (not isinstance(sizes, int) and len(sizes) != 1):
+        raise Unreadable
+    return ops.Normalization(
+        call.node, _only_output(call), value, scale, call.value("bias"), _last_axis(call.graph.rank(value))
+    )
+
+
+def _group_norm(call: Call) -> ops.Op:
+    value = call.required("input")
+    return ops.Normalization(call.node, _only_output(call), value, call.value("weight"), call.value("bias"), axis=1)
+
+
+def _only_output(call: Call) -> fx.Node:
+    """The normalized values; what may follow are statistics of the input, which no scale and bias change."""
+    return call.graph.first_output(call.node, alone=False) if call.name in SEVERAL_OUTPUTS else call.node
+
+
+def _last_axis(rank: int | None) -> int:
+    return -1 if rank is None else rank - 1
+
+
 def _elementwise(call: Call) -> ops.Op:
     """Type promotion is not part of the vocabulary, so every operand must be of the type of the result."""
     if call.static("alpha", 1) != 1 or call.arguments.get("rounding_mode") not in (None, REQUIRED):
@@ -236,9 +261,9 @@ def _alias(call: Call) -> ops.Op:
 def _slice(call: Call) -> ops.Op:
     """`x[:]`: a slice that leaves nothing out."""
     start, end, step = (call.static(name) for name in ("start", "end", "step"))
-    if start not in (None, 0) or not (end is None or end == 2**63 - 1) or step != 1:
+    if start not in (None, 0) or step != 1:
         raise Unreadable
-    return _alias(call)
+    return _alias(call) if end is None or end == 2**63 - 1 else _expand(call)
 
 
 def _copy(call: Call) -> ops.Op:
@@ -252,7 +277,24 @@ def _copy(call: Call) -> ops.Op:
 def _reshape(call: Call) -> ops.Op:
     if call.arguments.get("dtype") is not None:  # view(dtype) reinterprets the bits
         raise Unreadable
-    return ops.Reshape(call.node, call.node, call.required("self"))
+    sizes = call.arguments.get("shape", call.arguments.get("size"))
+    absolute = call.name in ("view", "reshape", "_unsafe_view") and isinstance(sizes, (list, tuple))
+    return ops.Reshape(call.node, call.node, call.required("self"), absolute=absolute)
+
+
+def _flatten(call: Call) -> ops.Op:
+    value = call.required("self")
+    front, back = _unflattened(call.static("start_dim"), call.static("end_dim"), call.graph.rank(value))
+    return ops.Reshape(call.node, call.node, value, front, back)
+
+
+def _unflattened(start: Any, end: Any, rank: int | None) -> tuple[int, int]:
+    """How many axes are in front of those that are flattened, and behind them, as far as is known."""
+    if start < 0:
+        start = 0 if rank is None else start + rank
+    if end >= 0:
+        return start, 0 if rank is None else max(rank - 1 - end, 0)
+    return start, -1 - end
 
 
 def _index(call: Call) -> ops.Op:
@@ -412,6 +454,8 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     "_native_batch_norm_legit_functional": (ops.BatchNorm, _batch_norm),
     "_batch_norm_no_update": (ops.BatchNorm, _batch_norm),
     "_batch_norm_with_update": (ops.BatchNorm, _batch_norm),
+    **dict.fromkeys(("layer_norm", "native_layer_norm", "rms_norm"), (ops.Normalization, _layer_norm)),
+    **dict.fromkeys(("group_norm", "native_group_norm"), (ops.Normalization, _group_norm)),
     **dict.fromkeys(("add", "sub", "rsub", "mul", "div"), (ops.Elementwise, _elementwise)),
     **dict.fromkeys(("add_", "sub_", "mul_", "div_"), (ops.Elementwise, _elementwise)),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), (ops.Identity, _dropout)),
@@ -419,7 +463,8 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     "slice": (ops.Identity, _slice),
     "expand": (ops.Identity, _expand),
     **dict.fromkeys(("clone", "contiguous", "to", "_to_copy"), (ops.Identity, _copy)),
-    **dict.fromkeys(("view", "_unsafe_view", "reshape", "flatten", "unflatten"), (ops.Reshape, _reshape)),
+    **dict.fromkeys(("view", "_unsafe_view", "reshape", "unflatten"), (ops.Reshape, _reshape)),
+    "flatten": (ops.Reshape, _flatten),
     **dict.fromkeys(("squeeze", "unsqueeze", "view_as", "reshape_as"), (ops.Reshape, _reshape)),
     "getitem": (ops.Reshape, _index),
     "permute": (ops.Transpose, _permute),
@@ -449,18 +494,19 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
 """ATen operator -> the kind of op it reads as, and its reader."""
 
 SEVERAL_OUTPUTS = frozenset(
-    name
-    for name, (kind, _) in READERS.items()
-    if (kind is ops.BatchNorm and name != "batch_norm") or name.endswith("_with_indices")
+    [name for name, (kind, _) in READERS.items() if kind is ops.BatchNorm and name != "batch_norm"]
+    + ["native_layer_norm", "native_group_norm", "max_pool2d_with_indices", "max_pool3d_with_indices"]
 )
 """Operators that return a tuple; the vocabulary's output is its first element."""
 
 _ALWAYS_TRAINING = frozenset({"_batch_norm_with_update"})
 
 _STATISTICS = {"scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
+_AFFINE = {"scale": "weight", "bias": "bias"}
 _BINARY = {"left": "self", "right": "other"}
 OPERANDS: dict[str, dict[str, str]] = {
     **{name: _STATISTICS for name, (kind, _) in READERS.items() if kind is ops.BatchNorm},
+    **{name: _AFFINE for name, (kind, _) in READERS.items() if kind is ops.Normalization},
     **{name: _BINARY for name, (kind, _) in READERS.items() if kind is ops.Elementwise},
     **{name: {"weight": "weight", "bias": "bias"} for name, (kind, _) in READERS.items() if kind is ops.Conv},
     "linear": {"weight": "weight", "bias": "bias"},
@@ -503,7 +549,7 @@ class ModuleCall(NamedTuple):
 
     @property
     def hooked(self) -> bool:
-        return has_hooks(self.module)
+        return has_hooks(self.module) or module_class(self.module) is not type(self.module)
 
     def rank(self) -> int:
         rank = self.graph.rank(self.input)
@@ -560,6 +606,22 @@ def _batch_norm_module(call: ModuleCall) -> ops.Op:
     )
 
 
+def _layer_norm_module(call: ModuleCall) -> ops.Op:
+    """Over the last axis.  An RMSNorm promotes, so its scale has to be of the type of its input."""
+    module, scale = call.module, call.tensor("weight")
+    promoting = isinstance(module, nn.RMSNorm) and scale is not None
+    if (promoting and call.graph.dtype(call.input) != module.weight.dtype) or len(module.normalized_shape) != 1:
+        raise Unreadable
+    axis = _last_axis(call.graph.rank(call.input))
+    return ops.Normalization(call.node, call.node, call.input, scale, call.tensor("bias"), axis, hooked=call.hooked)
+
+
+def _group_norm_module(call: ModuleCall) -> ops.Op:
+    return ops.Normalization(
+        call.node, call.node, call.input, call.tensor("weight"), call.tensor("bias"), axis=1, hooked=call.hooked
+    )
+
+
 def _identity_module(call: ModuleCall) -> ops.Op:
     return ops.Identity(call.node, call.node, call.input, hooked=call.hooked)
 
@@ -572,6 +634,11 @@ def _dropout_module(call: ModuleCall) -> ops.Op:
 
 def _reshape_module(call: ModuleCall) -> ops.Op:
     return ops.Reshape(call.node, call.node, call.input, hooked=call.hooked)
+
+
+def _flatten_module(call: ModuleCall) -> ops.Op:
+    front, back = _unflattened(call.module.start_dim, call.module.end_dim, call.graph.rank(call.input))
+    return ops.Reshape(call.node, call.node, call.input, front, back, hooked=call.hooked)
 
 
 def _average_pool_module(call: ModuleCall) -> ops.Op:
@@ -668,9 +735,11 @@ MODULE_READERS: dict[type[nn.Module], tuple[type[ops.Op], ModuleReader]] = {
     **dict.fromkeys(CONVS, (ops.Conv, _conv_module)),
     nn.Linear: (ops.Linear, _linear_module),
     **dict.fromkeys(NORMS, (ops.BatchNorm, _batch_norm_module)),
+    **dict.fromkeys((nn.LayerNorm, nn.RMSNorm), (ops.Normalization, _layer_norm_module)),
+    nn.GroupNorm: (ops.Normalization, _group_norm_module),
     nn.Identity: (ops.Identity, _identity_module),
     **dict.fromkeys(DROPOUTS, (ops.Identity, _dropout_module)),
-    nn.Flatten: (ops.Reshape, _reshape_module),
+    nn.Flatten: (ops.Reshape, _flatten_module),
     nn.Unflatten: (ops.Reshape, _reshape_module),
     **dict.fromkeys((nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d), (ops.AveragePool, _average_pool_module)),
     **dict.fromkeys(
@@ -686,9 +755,14 @@ MODULE_READERS: dict[type[nn.Module], tuple[type[ops.Op], ModuleReader]] = {
 
 
 def module_class(module: nn.Module) -> type[nn.Module]:
-    """The class that says what the module computes; a parametrized module has one made for it alone."""
+    """The class that says what the module computes; a parametrized module has one made for it alone.
+
+    A BatchNorm whose class is the user's counts as torch's, so that something is said of it; it is `hooked`.
+    """
     if nn.utils.parametrize.is_parametrized(module):
         return nn.utils.parametrize.type_before_parametrizations(module)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return next((base for base in type(module).__mro__ if base in NORMS), type(module))
     return type(module)
 
 
@@ -696,5 +770,6 @@ MODULE_OPERANDS: dict[type[ops.Op], dict[str, str]] = {
     ops.Conv: {"weight": "weight", "bias": "bias"},
     ops.Linear: {"weight": "weight", "bias": "bias"},
     ops.BatchNorm: _STATISTICS,
+    ops.Normalization: _AFFINE,
 }
 """Kind of op -> field -> attribute of the module."""

@@ -52,8 +52,13 @@ def to_tensor(array: Array, like: torch.Tensor) -> torch.Tensor:
         tensor = torch.from_numpy(owned.view(torch.empty(0, dtype=carrier).numpy().dtype)).view(dtype)
     else:
         tensor = torch.from_numpy(owned)
-    if tensor.shape != like.shape or like.is_contiguous():
+    if like.is_contiguous():
         return tensor.to(like.device)
+    if tensor.shape != like.shape:
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        kept = formats.get(like.dim(), torch.contiguous_format)
+        is_kept = tensor.dim() == like.dim() and like.is_contiguous(memory_format=kept)
+        return tensor.to(like.device, memory_format=kept if is_kept else torch.contiguous_format)
     laid_out = torch.empty_like(like, dtype=tensor.dtype, requires_grad=False)  # channels_last, a transposed weight
     return laid_out.copy_(tensor)
 

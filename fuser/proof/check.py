@@ -20,7 +20,7 @@ from fuser.proof.compare import Figures
 from fuser.proof.inputs import InputSet
 from fuser.proof.outcome import Failure, Outcome
 from fuser.proof.runners import Float64Runner, OnnxRunner, Workers
-from fuser.proof.sides import Side, open_sides
+from fuser.proof.sides import Original, Side, open_sides
 from fuser.proof.trial import Trial
 from fuser.proof.verification import Truth, Verification
 
@@ -52,6 +52,7 @@ def verify(
     timeout: float = 300.0,
     removed_inputs: Collection[str] = (),
     workers: Workers | None = None,
+    original: Original | None = None,
 ) -> Verification:
     """Compare `after` with `before`; neither is changed.
 
@@ -67,6 +68,7 @@ def verify(
         timeout: seconds for each call of a runtime.
         removed_inputs: inputs that `after` is allowed to lack.
         workers: the processes in which runtimes run, for many comparisons in a row; else they are started and ended.
+        original: what earlier comparisons of the same `before` on the same `inputs` found of it.
 
     Raises:
         InputError: a model or an option is not usable, or inputs can be neither generated nor found.
@@ -86,8 +88,10 @@ def verify(
             input_shapes=input_shapes,
             timeout=timeout,
             removed_inputs=removed_inputs,
+            original=original,
         )
-        result = _Comparison(first, second, contract, seed, workers).run(inputs)
+        found = {} if original is None or original.side is not first else original.found
+        result = _Comparison(first, second, contract, seed, workers, found).run(inputs)
     result.seconds = time.perf_counter() - started
     if result.cost_ratio:  # until here, the seconds of one pass over the original
         result.cost_ratio = result.seconds / result.cost_ratio
@@ -97,9 +101,12 @@ def verify(
 class _Comparison:
     """One comparison, step by step."""
 
-    def __init__(self, before: Side, after: Side, contract: str, seed: int, workers: Workers) -> None:
+    def __init__(
+        self, before: Side, after: Side, contract: str, seed: int, workers: Workers, found: dict[Any, Any]
+    ) -> None:
         self._before, self._after, self._contract, self._seed = before, after, contract, seed
-        self._workers = workers
+        self._workers, self._found = workers, found
+        self._seconds = 0.0  # of the original, loaded and run
         self._result = Verification("equivalent", contract=contract)
         self._discarded = 0
         self._light = True
@@ -111,9 +118,9 @@ class _Comparison:
         result.interface = self._before.lost_by(self._after)
         if mismatch := self._before.cannot_pair(self._after):
             return self._conclude("incompatible", mismatch)
-        sets, originals, seconds = self._originals(inputs)
+        sets, originals = self._known("run", lambda: self._originals(inputs))
         result.sets, result.discarded = [one.label for one in sets], self._discarded
-        result.cost_ratio = seconds
+        result.cost_ratio = self._seconds
         if isinstance(originals, Failure):
             why = getattr(self._before.runner, "why", "the original cannot be run")
             return self._conclude("unverifiable", f"{why}: {originals}")
@@ -135,12 +142,22 @@ class _Comparison:
             return self._conclude("incompatible", result.interface[0])
         return result
 
+    def _known(self, what: str, find: Callable[[], T]) -> T:
+        """What an earlier comparison found of the original; else what `find` finds, for those to come."""
+        key = what, self._seed, tuple(self._before.overridable)
+        if key not in self._found:
+            value = find()
+            self._found[key] = value, self._seconds, self._discarded, self._light
+        found: T
+        found, self._seconds, self._discarded, self._light = self._found[key]
+        return found
+
     def _conclude(self, verdict: Any, reason: str) -> Verification:
         self._result.verdict, self._result.reason = verdict, reason
         return self._result
 
-    def _originals(self, inputs: Any) -> tuple[list[InputSet], list[Any] | Failure, float]:
-        """Input sets that the original accepts, its outputs for them, and the seconds that took."""
+    def _originals(self, inputs: Any) -> tuple[list[InputSet], list[Any] | Failure]:
+        """Input sets that the original accepts, and its outputs for them."""
         if inputs is not None:
             sets = self._before.given(inputs)
         else:
@@ -151,19 +168,19 @@ class _Comparison:
         outcomes = self._before.runner.run([one.values for one in sets])
         if isinstance(outcomes[0], Failure) and self._before.stand_in(outcomes[0]):
             outcomes = self._before.runner.run([one.values for one in sets])
-        seconds = self._before.runner.seconds
+        self._seconds = self._before.runner.seconds
         good = [(one, out) for one, out in zip(sets, outcomes, strict=True) if not isinstance(out, Failure)]
         failures = [out for out in outcomes if isinstance(out, Failure)]
         if inputs is not None and failures:
             raise InputError(f"the original model rejects the given inputs: {failures[0]}")
         self._discarded = len(failures)
         if not good:
-            return sets, failures[0], seconds
+            return sets, failures[0]
         if inputs is None and len(good) > 1:
             tame = [pair for pair in good if self._before.is_finite(pair[1])]
             self._discarded += len(good) - len(tame or good)
             good = tame or good
-        return [one for one, _ in good], [out for _, out in good], seconds
+        return [one for one, _ in good], [out for _, out in good]
 
     @cached_property
     def _exact(self) -> bool:
@@ -173,7 +190,7 @@ class _Comparison:
         """Both results; at the same time, in a process each, where that saves more than it takes to start another."""
         runner = self._after.runner
         small = self._before.size + self._after.size <= _TOGETHER
-        if self._before.runner.seconds < _LONG or not small or cores() == 1 or not isinstance(runner, OnnxRunner):
+        if self._seconds < _LONG or not small or cores() == 1 or not isinstance(runner, OnnxRunner):
             return of_original(), of_candidate()
         runner.worker = self._workers.second
         with ThreadPoolExecutor(1) as pool:
@@ -204,7 +221,10 @@ class _Comparison:
             number = len(sets) if self._light else 1
             return candidates, self._after.runner.truth(values[:number])[0] + unasked[number:]
 
-        truths, (candidates, wide) = self._both(lambda: self._before.runner.truth(values)[0], of_candidate)
+        def of_original() -> list[Outcome]:
+            return self._known("truth", lambda: list(self._before.runner.truth(values)[0]))
+
+        truths, (candidates, wide) = self._both(of_original, of_candidate)
         return candidates, truths, wide
 
     def _judge(

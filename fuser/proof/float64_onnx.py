@@ -23,7 +23,7 @@ from onnx.reference.op_run import OpRun
 from fuser import files
 from fuser.files import ModelFile
 from fuser.files.model import tensors_of
-from fuser.proof.float64_ops import OPS, ROUNDING_CASTS, Cast
+from fuser.proof.float64_ops import OPS, ROUNDING_CASTS, STORED_OPS, Cast
 from fuser.proof.outcome import Failure, Outcome, first_line
 from fuser.proof.rounding import Nudge, is_float, is_low
 from fuser.proof.runners import release
@@ -52,20 +52,38 @@ def evaluate(
     return [_evaluate(model, sets, None if seed is None else Nudge(seed, scale)) for seed in nudges]
 
 
+def evaluate_stored(path: str, sets: Sequence[Mapping[str, Any]]) -> list[Outcome]:
+    """The model's outputs in the types that are stored, operator by operator: an outcome for each set.
+
+    A runtime picks another kernel, which rounds otherwise, where an operand is a constant.  Here an operator
+    computes the same bits wherever its operands come from.
+    """
+    release()
+    model = files.load(path)
+    _read_inner_tensors(model)
+    return _evaluate(model, sets, None, StoredEvaluator)
+
+
 def intermediates(path: str, feeds: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The float64 values of the named tensors of the main graph, those that exist."""
     model = files.load(path)
     _read_inner_tensors(model)
-    return _evaluator(model, None).run_some(names, _widen_all(feeds))
+    evaluator = _evaluator(model, None, Float64Evaluator)
+    return evaluator.run_some(names, evaluator.fed(feeds))
 
 
-def _evaluate(model: ModelFile, sets: Sequence[Mapping[str, Any]], nudge: Nudge | None) -> list[Outcome]:
+def _evaluate(
+    model: ModelFile,
+    sets: Sequence[Mapping[str, Any]],
+    nudge: Nudge | None,
+    kind: type[Float64Evaluator] | None = None,
+) -> list[Outcome]:
     try:
-        evaluator = _evaluator(model, nudge)
+        evaluator = _evaluator(model, nudge, kind or Float64Evaluator)
     except Exception as error:
         return [Failure("unsupported", first_line(error))] * len(sets)
     with np.errstate(all="ignore"):
-        found = evaluator.run_sets(evaluator.output_names, [_widen_all(feeds) for feeds in sets])
+        found = evaluator.run_sets(evaluator.output_names, [evaluator.fed(feeds) for feeds in sets])
     return [_outcome(one, evaluator.output_names) for one in found]
 
 
@@ -79,10 +97,10 @@ def _outcome(found: dict[str, Any] | Exception, names: Sequence[str]) -> Outcome
     return [found[name] for name in names]
 
 
-def _evaluator(model: ModelFile, nudge: Nudge | None) -> Float64Evaluator:
+def _evaluator(model: ModelFile, nudge: Nudge | None, kind: type[Float64Evaluator]) -> Float64Evaluator:
     # Subgraphs and functions are run by instances of the same class, so that is where the nudge must be.
-    kind = type("Nudged", (Float64Evaluator,), {"nudge": nudge, "stored": staticmethod(model.array)})
-    evaluator: Float64Evaluator = kind(model.proto)
+    own = type("Nudged", (kind,), {"nudge": nudge, "stored": staticmethod(model.array)})
+    evaluator: Float64Evaluator = own(model.proto)
     return evaluator
 
 
@@ -129,13 +147,14 @@ class Float64Evaluator(ReferenceEvaluator):
     first node needs it, and is gone after the last: a model needs little more memory than its results.
     """
 
+    operators: Sequence[type[OpRun]] = OPS
     nudge: Nudge | None = None
     stored: Callable[[onnx.TensorProto], Any] = staticmethod(onnx.numpy_helper.to_array)
 
     def __init__(self, proto: Any, **options: Any) -> None:
         self._instances: dict[Any, OpRun] = {}
         # The bodies of functions are made without the operators that their callers were given.
-        super().__init__(proto, **{**options, "new_ops": options.get("new_ops") or list(OPS)})
+        super().__init__(proto, **{**options, "new_ops": options.get("new_ops") or list(self.operators)})
         self._fixed = _shape_constants(self.nodes_)
         # What a subgraph captures may be read by any node with one; such models are small enough to keep all.
         self._keeps = any(op.need_context() for op in self.rt_nodes_)
@@ -145,6 +164,10 @@ class Float64Evaluator(ReferenceEvaluator):
             elif self._keeps:
                 self.rt_inits_[name] = self._read(name, value)
         self._steps = self._plan()
+
+    def fed(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs as this evaluation takes them."""
+        return {name: self._wide(value, nudge=False) for name, value in feeds.items()}
 
     def _plan(self) -> list[_Step]:
         names = [(tuple(node.input), tuple(node.output)) for node in self.nodes_]
@@ -273,6 +296,16 @@ class Float64Evaluator(ReferenceEvaluator):
         return value.astype(np.float64) if is_low(value) else value
 
 
+class StoredEvaluator(Float64Evaluator):
+    """The same without widening."""
+
+    operators = STORED_OPS
+
+    def _wide(self, value: Any, *, nudge: bool) -> Any:
+        """A product of a transposed view may be summed in another order than that of a copy."""
+        return np.ascontiguousarray(value) if isinstance(value, np.ndarray) and value.ndim else value
+
+
 def _shape_constants(nodes: Sequence[onnx.NodeProto]) -> set[str]:
     """Constants whose value decides a shape or a place, where moving them would mean another model."""
     return {
@@ -281,13 +314,3 @@ def _shape_constants(nodes: Sequence[onnx.NodeProto]) -> set[str]:
         if node.op_type in ("Resize", "Upsample", "Range", "RoiAlign", "NonMaxSuppression", "OneHot")
         for name in node.input[1:]
     }
-
-
-def _widen_all(feeds: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _widen(value) for name, value in feeds.items()}
-
-
-def _widen(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_widen(item) for item in value]
-    return value.astype(np.float64) if is_low(value) else value

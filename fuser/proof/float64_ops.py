@@ -228,6 +228,20 @@ OPS: list[type[OpRun]] = [
     OneHot,
     Relu,
 ]
+"""For the float64 evaluation."""
+
+
+def _stored(kind: type[OpRun]) -> type[OpRun]:
+    """The operator with results in the type of its first operand."""
+
+    def _run(self: Any, x: Array, *operands: Any, **attributes: Any) -> tuple[Array, ...]:
+        return tuple(y.astype(x.dtype) for y in kind._run(self, x, *operands, **attributes))  # type: ignore[no-untyped-call]
+
+    return type(kind.__name__, (kind,), {"_run": _run})
+
+
+STORED_OPS = [_stored(kind) for kind in (AveragePool, BatchNormalization, Conv, ConvTranspose, Relu)]
+"""For the evaluation in the types that are stored."""
 
 
 class _Window:

@@ -46,12 +46,14 @@ class Side(Protocol):
     runner: how it is run.
     is_seeded: whether two models that draw alike draw the same numbers.
     size: the elements of its constants.
+    overridable: inputs with a default that both models have.
     """
 
     output_names: list[str]
     runner: Any
     is_seeded: bool
     size: int
+    overridable: Any
 
     def is_random(self) -> bool:
         """Whether it draws random numbers."""
@@ -112,7 +114,7 @@ class OnnxSide:
         self.model, self.path = model, path
         self.input_names = [value.name for value in public_inputs(graph)]
         self.default_names = [value.name for value in graph.input if value.name not in set(self.input_names)]
-        self._overridable: list[str] = []
+        self.overridable: list[str] = []
         self.output_names = [value.name for value in graph.output]
         self.size = sum(math.prod(tensor.dims) for tensor in graph.initializer)
         self.runner: Runner = OnnxRunner(path, [*self.input_names, *self.default_names], worker, timeout)
@@ -161,7 +163,7 @@ class OnnxSide:
         names = [name if name in theirs else None for name in mine]
         after.runner = OnnxRunner(after.path, names, self._worker, self._timeout)
         if self.model.proto.ir_version >= _OVERRIDING and not required & set(self.default_names):
-            self._overridable = [name for name in self.default_names if name in theirs and name not in self._removed]
+            self.overridable = [name for name in self.default_names if name in theirs and name not in self._removed]
         return ""
 
     def paired(self, after: Any, outputs: list[Any]) -> list[Any]:
@@ -220,7 +222,7 @@ class OnnxSide:
     def _overriding(self, one: InputSet, seed: int) -> Iterator[InputSet]:
         """The same inputs with other values for those that have a default: a caller may give them."""
         tensors = {tensor.name: tensor for tensor in self.model.proto.graph.initializer}
-        changed = [tensors[name] for name in self._overridable if name in tensors]
+        changed = [tensors[name] for name in self.overridable if name in tensors]
         if not changed or sum(math.prod(tensor.dims) for tensor in changed) > _MOST_OVERRIDDEN:
             return
         rng = np.random.default_rng(seed)
@@ -254,6 +256,26 @@ def finite(outputs: list[Any]) -> bool:
     )
 
 
+class Original:
+    """What is found once of an ONNX model that many others are compared with, on the same inputs.
+
+    side: the model, opened.
+    found: its inputs, outputs and truths, by what they depend on.
+    stack: closes it.
+    """
+
+    def __init__(self) -> None:
+        self.side: OnnxSide | None = None
+        self.found: dict[Any, Any] = {}
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Original:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+
 def open_sides(
     stack: ExitStack,
     worker: Worker,
@@ -265,14 +287,19 @@ def open_sides(
     input_shapes: Mapping[str, Sequence[int]] | None,
     timeout: float,
     removed_inputs: Collection[str],
+    original: Original | None = None,
 ) -> tuple[Any, Any]:
-    """Both models, opened; `stack` closes them."""
+    """Both models, opened; `stack` closes them.  What `original` holds is not opened again."""
 
-    sides: list[Any] = [None, None]
+    sides: list[Any] = [original.side if original else None, None]
     for index, model in enumerate((before, after)):
+        if sides[index] is not None:
+            continue
         if is_onnx(model):
-            file, path = _open_onnx(stack, model)
+            file, path = _open_onnx(original.stack if original and not index else stack, model)
             sides[index] = OnnxSide(file, path, worker, timeout, input_shapes, removed_inputs)
+            if original and not index:
+                original.side = sides[index]
         elif not any(kind.__module__.split(".")[0] == "torch" for kind in type(model).__mro__):
             raise InputError(
                 f"cannot verify a {type(model).__module__}.{type(model).__qualname__}; give the path of an .onnx file, "

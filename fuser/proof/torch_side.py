@@ -92,6 +92,7 @@ class TorchSide:
 
     is_seeded = True
     size = 0
+    overridable: Sequence[str] = ()
 
     def __init__(self, model: torch.nn.Module | torch.export.ExportedProgram, arguments: Arguments) -> None:
         module = model.module() if isinstance(model, torch.export.ExportedProgram) else model

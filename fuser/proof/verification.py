@@ -26,7 +26,7 @@ class Verification:
     reason: why, in one line.
     truth: what the outputs were judged against: "float64" (the float64 result of the original), "noise-floor"
         (the original's own variation, where float64 could not be had), "bits" (an exact contract), "none".
-    truth_note: why float64 could not be had.
+    truth_note: why float64 could not be had; for "bits", why the runs need not have equal ones.
     outputs: figures, one entry for each output.
     interface: what the interface has lost, one sentence each.
     sets: the input sets that were compared, in words.
@@ -71,7 +71,8 @@ class Verification:
         sets = f"{len(self.sets)} input set{'s' if len(self.sets) != 1 else ''}"
         floats = [output for output in self.outputs if output.snr_db or output.max_abs]
         if self.truth == "bits" or not floats:
-            return f"equivalent: bit-identical outputs for {sets}"
+            equal = "the same bits, operator by operator," if self.truth_note else "bit-identical outputs"
+            return f"equivalent: {equal} for {sets}"
         worst = max(floats, key=lambda output: output.relative)
         against = "the float64 truth" if self.truth == "float64" else "the original (noise floor measured)"
         return (
@@ -92,7 +93,9 @@ class Verification:
             table.add_row(output.name, output.dtype, *_cells(output))
         lines = [str(self)]
         if self.truth_note:
-            lines.append(f"judged against the noise floor: {self.truth_note}")
+            lines.append(
+                self.truth_note if self.truth == "bits" else f"judged against the noise floor: {self.truth_note}"
+            )
         lines += [f"interface: {problem}" for problem in self.interface]
         lines.append(f"the check took {self.cost}")
         return Group(*([table] if self.outputs else []), *(Text(line) for line in lines))

@@ -45,6 +45,15 @@ class StaleWeight(RewritePass):
 
 
 @dataclass(frozen=True)
+class NeedsMore(StaleWeight):
+    """Cannot be made without an argument."""
+
+    level: int
+
+    name = "toy-needs-more"
+
+
+@dataclass(frozen=True)
 class Raises(RewritePass):
     """Fails at the first candidate."""
 
