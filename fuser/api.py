@@ -51,6 +51,7 @@ def optimize(
     skip: Iterable[str] = (),
     freeze_inputs: bool = False,
     shared_weights: str = "copy",
+    max_growth: int | None = None,
     verify: bool | Literal["whole"] = True,
     on_failure: str = "rollback",
     inputs: Any = None,
@@ -71,6 +72,7 @@ def optimize(
         freeze_inputs: treat initializers that are also graph inputs as constants, and drop those inputs.
         shared_weights: "copy" gives a rewritten layer its own copy of a weight that others use, "refuse" leaves
             such layers alone.
+        max_growth: how many elements one folded constant may add to the model; 16,384 by default.
         verify: check the result against the original; what fails is never returned or written.  Models with more
             than 512 MB of constants are run for that only with "whole"; each of their rewrites is checked by itself.
         on_failure: "rollback" finds the rewrites at fault, leaves them out and keeps the rest; "abort" raises.
@@ -86,7 +88,7 @@ def optimize(
     """
     _one_of("on_failure", on_failure, ("rollback", "abort"))
     _one_of("layout", layout, ("auto", "single", "external"))
-    chosen = _select(passes, skip, shared_weights)
+    chosen = _select(passes, skip, shared_weights, max_growth)
     source = open_source(
         model,
         output,
@@ -119,13 +121,14 @@ def explain(
     skip: Iterable[str] = (),
     freeze_inputs: bool = False,
     shared_weights: str = "copy",
+    max_growth: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """What `optimize` would do, and why not elsewhere; nothing is verified or written.
 
     Takes the arguments of `optimize`, and raises `InputError` and `PassError` as it does.
     """
-    chosen = _select(passes, skip, shared_weights)
+    chosen = _select(passes, skip, shared_weights, max_growth)
     with open_source(
         model,
         example_inputs=example_inputs,
@@ -149,6 +152,7 @@ def bisect(
     skip: Iterable[str] = (),
     freeze_inputs: bool = False,
     shared_weights: str = "copy",
+    max_growth: int | None = None,
     inputs: Any = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     progress: Progress | None = None,
@@ -157,7 +161,7 @@ def bisect(
 
     Takes the arguments of `optimize`, and raises `InputError` and `PassError` as it does; writes nothing.
     """
-    chosen = _select(passes, skip, shared_weights)
+    chosen = _select(passes, skip, shared_weights, max_growth)
     source = open_source(
         model,
         example_inputs=example_inputs,
@@ -177,11 +181,12 @@ def list_passes() -> list[PassInfo]:
     return list(registry.load().passes)
 
 
-def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: str) -> Passes:
+def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: str, max_growth: int | None) -> Passes:
     _one_of("shared_weights", shared_weights, ("copy", "refuse"))
     if isinstance(passes, str) or isinstance(skip, str):
         raise InputError("passes and skip are lists of names")
-    return registry.load().select(passes, skip, shared_weights=shared_weights)
+    options: dict[str, Any] = {} if max_growth is None else {"max_growth": max_growth}
+    return registry.load().select(passes, skip, shared_weights=shared_weights, **options)
 
 
 def _set_aside(passes: Iterable[str] | None) -> list[str]:

@@ -40,6 +40,10 @@ Freeze = Annotated[
 Shared = Annotated[
     str, typer.Option("--shared-weights", metavar="copy|refuse", help="What to do with a shared weight.")
 ]
+Growth = Annotated[
+    int | None,
+    typer.Option("--max-growth", metavar="N", min=0, help="Elements that one folded constant may add; default 16384."),
+]
 
 InputShape = Annotated[
     list[str] | None, typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="For the check; repeatable.")
@@ -71,6 +75,7 @@ def optimize(
     skip: Skip = None,
     freeze_inputs: Freeze = False,
     shared_weights: Shared = "copy",
+    max_growth: Growth = None,
     plan: Annotated[bool, typer.Option("--plan", help="Say what would be done; write nothing.")] = False,
     verify: Annotated[
         str, typer.Option("--verify", metavar="auto|whole|none", help="Check before writing; whole: also over 512 MB.")
@@ -106,6 +111,7 @@ def optimize(
         "skip": _names(skip) or (),
         "freeze_inputs": freeze_inputs,
         "shared_weights": shared_weights,
+        "max_growth": max_growth,
     }
     checking: dict[str, Any] = {
         "verify": False if no_verify else _VERIFY[verify],
@@ -185,6 +191,7 @@ def explain(
     skip: Skip = None,
     freeze_inputs: Freeze = False,
     shared_weights: Shared = "copy",
+    max_growth: Growth = None,
     json: AsJson = False,
 ) -> None:
     """One line for each candidate in IN: applied, or missed with the code, the reason and the remedy."""
@@ -197,6 +204,7 @@ def explain(
             skip=_names(skip) or (),
             freeze_inputs=freeze_inputs,
             shared_weights=shared_weights,
+            max_growth=max_growth,
             progress=progress,
         )
     if json:

@@ -65,8 +65,8 @@ class Job:
         """Hold each pass to its contract, leave out the rewrites that break it, and keep the rest.
 
         All together are judged against the truth; the exact passes alone have to be equal bit for bit.  A model
-        with more than LARGE bytes of constants is only run when `whole` is set: in float64 it would take several
-        times its size in memory, and each rewrite was checked on a window before it was accepted.
+        with more than LARGE bytes of constants is only run when `whole` is set: a runtime takes more memory than its
+        size, and in float64 it takes long; each rewrite was checked on a window before it was accepted.
 
         Raises `VerificationError` when a check fails and `abort` is set, or no rewrite is to blame.
         """
@@ -76,8 +76,8 @@ class Job:
             return
         if self.report.before.bytes > LARGE and not whole:
             self.report.unverified = (
-                f"the constants take {self.report.before.bytes / 1e9:.1f} GB, and to run the whole model would take "
-                "several times that; each rewrite was checked on a window of its own (--verify=whole runs it)"
+                f"the constants take {self.report.before.bytes / 1e9:.1f} GB, and running the whole model takes more "
+                "memory than that, and long; each rewrite was checked on a window of its own (--verify=whole runs it)"
             )
             return
         contract = Contract.EXACT if applied == {Contract.EXACT.value} else Contract.ROUNDING

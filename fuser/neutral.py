@@ -10,16 +10,23 @@ from collections.abc import Sequence
 import numpy as np
 
 from fuser.graph import Array, Dim, Graph
-from fuser.ops import Concat, Elementwise, Op, Pad, Reshape, Transpose, Value
+from fuser.ops import Concat, Elementwise, Identity, Op, Pad, Reshape, Transpose, Value
 from fuser.remarks import Missed
 
 MAY_CHANGE_NOTHING = (Elementwise, Reshape, Transpose, Concat, Pad)
+"""Kinds of ops that are also found when identities are asked for, each time they are one."""
 
 MAX_ELEMENTS = 1 << 16
 """No larger constant is looked through for ones and zeros."""
 
 
-def handed_on(graph: Graph, op: Op) -> Value | None:
+def as_identity(graph: Graph, op: Op) -> Op:
+    """The op, or the `Identity` that it amounts to."""
+    value = _handed_on(graph, op)
+    return op if value is None else Identity(op.node, op.output, value, hooked=op.hooked)
+
+
+def _handed_on(graph: Graph, op: Op) -> Value | None:
     """The operand that `op` hands on as it is, in its bits, type and shape; None where that is not proven."""
     match op:
         case Elementwise():

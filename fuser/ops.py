@@ -124,7 +124,10 @@ class Elementwise(Op):
 
 @dataclass(frozen=True, eq=False)
 class Identity(Op):
-    """y = input: Identity, Dropout in eval mode, a Cast to the type it has, x * 1, a Reshape to the same shape."""
+    """y = input: Identity, Dropout in eval mode, a Cast to the type it has.
+
+    `Graph.ops(Identity)` finds ops of other kinds, too, where they change nothing: x * 1, a Reshape to the same shape.
+    """
 
     input: Value
 
@@ -253,7 +256,7 @@ class Constant(Op):
 
 @dataclass(frozen=True, eq=False)
 class Dead(Op):
-    """A node without side effects whose outputs nobody reads."""
+    """A node without side effects whose outputs nobody reads; no node for a constant that the model only stores."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,3 +277,19 @@ class DuplicateConstant(Op):
     """
 
     twin: Value
+
+
+@dataclass(frozen=True, eq=False)
+class SplitSequence(Op):
+    """A sequence of consecutive parts of `input` along `axis`, made only to be taken apart again.
+
+    sizes: of the parts; None where they are not known before run time.
+    taken: (index, value) of each element that is taken by an index that is known.
+    others: how many readers want the sequence itself, or an element by an index that is not known.
+    """
+
+    input: Value
+    axis: int
+    sizes: tuple[int, ...] | None
+    taken: tuple[tuple[int, Value], ...]
+    others: int

@@ -1,6 +1,8 @@
-"""Eliminate operators without side effects whose results nobody reads.
+"""Eliminate operators without side effects whose results nobody reads, and constants that nobody reads.
 
-y = f(x), y unread   =>   (nothing)
+    y = f(x), y unread   =>   (nothing)
+
+Inputs of the graph stay, read or not: the caller knows them.
 """
 
 from __future__ import annotations

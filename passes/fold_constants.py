@@ -32,6 +32,7 @@ class FoldConstants(RewritePass[Constant, Constant]):
             return Missed(
                 "grows",
                 f"it would store {op.elements_made:,} elements in the place of {op.elements_freed:,}",
+                f"--max-growth={op.elements_made - op.elements_freed} allows that",
             )
         return op
 

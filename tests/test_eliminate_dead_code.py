@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 from fuser.passes.eliminate_dead_code import EliminateDeadCode
-from onnx_models import model, node, op_types
-from rewriting import applied, refused
+from onnx_models import body, model, node, op_types
+from rewriting import applied, refused, rewritten
 
 ELIMINATE = EliminateDeadCode()
 
@@ -26,3 +27,22 @@ def test_a_custom_operator_may_have_effects() -> None:
     log = node("Log", ["x"], ["a"])
     log.domain = "custom"
     assert refused(model([log, node("Relu", ["x"])]), ELIMINATE) == {}
+
+
+def test_initializers_that_nobody_reads_go_and_inputs_stay() -> None:
+    branches = {
+        "then_branch": body([node("Mul", ["x", "k"], ["p"])], ["p"]),
+        "else_branch": body([node("Neg", ["x"], ["q"])], ["q"]),
+    }
+    nodes = [node("ReduceMax", ["x"], ["m"], keepdims=0), node("Cast", ["m"], ["c"], to=9)]
+    nodes.append(node("If", ["c"], **branches))
+    constants = {name: np.ones(8, np.float32) for name in ("k", "unread", "replaceable", "noted")}
+    proto = model(nodes, constants=constants, also_inputs=["replaceable"])
+    note = proto.graph.quantization_annotation.add(tensor_name="m")
+    note.quant_parameter_tensor_names.add(key="SCALE_TENSOR", value="noted")
+    proto.graph.input.append(onnx.helper.make_tensor_value_info("unused", 1, [1]))
+    outcome, result = rewritten(proto, ELIMINATE)
+    assert [remark.site for remark in outcome.applied] == ["unread"]
+    assert [tensor.name for tensor in result.graph.initializer] == ["k", "replaceable", "noted"]
+    assert [value.name for value in result.graph.input] == ["x", "replaceable", "unused"]
+    assert rewritten(result, ELIMINATE)[0].applied == []

@@ -174,3 +174,13 @@ def test_torch(host: Any) -> None:
     assert outcome.missed == []
     after = host().run(host().result(graph), x)
     np.testing.assert_allclose(after, module(x).detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_bias_of_zeros_goes() -> None:
+    """As in every network that was not trained: the Add does nothing but round a zero's sign."""
+    nodes = [node("MatMul", ["x", "w"], ["p"]), node("Add", ["p", "b"], ["q"]), node("Relu", ["q"])]
+    constants = {"w": RNG.standard_normal((8, 5)).astype(np.float32), "b": np.zeros(5, np.float32)}
+    result = applied(model(nodes, constants=constants), FOLD, bound=0)
+    assert op_types(result.graph) == ["MatMul", "Relu"]
+    constants["b"][3] = 1
+    assert refused(model(nodes, constants=constants), FOLD) == {}  # a bias

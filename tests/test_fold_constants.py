@@ -14,6 +14,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx_models import conv, conv_constants, model, node, op_types
 from rewriting import applied, refused, rewritten
 
+import fuser
+
 FOLD = FoldConstants()
 
 
@@ -52,6 +54,10 @@ def test_grows() -> None:
     tensors = {"zero": np.zeros(1, np.float32), "shape": np.array([4, 200, 200])}
     proto = model(nodes, constants=tensors, x=("N", 4, 200, 200))
     assert refused(proto, FOLD) == {"grows": 1}
+    story = fuser.explain(proto, passes=["fold-constants"])
+    assert [remark.remedy for remark in story.missed] == ["--max-growth=159996 allows that"]
+    assert len(fuser.explain(proto, passes=["fold-constants"], max_growth=159_996).applied) == 1
+    assert len(fuser.explain(proto, passes=["fold-constants"], max_growth=159_995).applied) == 0
     assert op_types(applied(proto, FoldConstants(max_growth=10**6), bound=0).graph) == ["Add"]
 
 
@@ -112,9 +118,9 @@ def test_a_target_that_is_known_but_for_the_batch() -> None:
         (["n1", "c1", "k"], node("Expand", ["w", "t"]), ("N", 4, 8, 8)),
         (["n1", "c1", "k"], node("Reshape", ["x", "t"], allowzero=1), ("N", 4, 8, 8)),
         (["n1", "c1", "n1"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
-        (["n1", "c1", "k"], node("Reshape", ["x", "t"]), ("N", "C", 8, 8)),
-        (["n1", "c1", "all"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
-        (["n1", "copied", "k"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
+        (["c1", "n1", "k"], node("Reshape", ["x", "t"]), ("N", "C", 8, 8)),
+        (["c1", "n1", "all"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
+        (["copied", "n1", "k"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
         (["runtime", "c1", "k"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
     ],
     ids=["expand", "zeros-are-zeros", "twice", "two-unknown", "minus-one", "copies-a-size", "not-a-size"],
@@ -134,6 +140,28 @@ def test_a_target_that_says_more_stays(target: list[str], reader: onnx.NodeProto
     del proto.graph.node[-1]
     _, result = rewritten(proto, FOLD)
     assert "t" in [name for one in result.graph.node for name in one.output]
+
+
+def test_sizes_that_the_data_has_at_the_same_place_are_copied() -> None:
+    """[N, C, -1], of data whose first two axes are N and C."""
+    nodes = [*FLATTEN, node("Concat", ["n1", "c1", "k"], ["t"], axis=0), node("Reshape", ["x", "t"])]
+    proto = model(nodes, constants={**INDICES, "k": np.array([-1])}, x=("N", "C", 8, 8))
+    result = applied(proto, FOLD, bound=0)
+    assert op_types(result.graph) == ["Reshape"]
+    assert onnx.numpy_helper.to_array(result.graph.initializer[0]).tolist() == [0, 0, -1]
+
+
+def test_readers_that_would_need_other_targets_keep_theirs() -> None:
+    nodes = [
+        *FLATTEN,
+        node("Concat", ["n1", "c1", "all"], ["t"], axis=0),
+        node("Transpose", ["x"], ["u"], perm=[1, 0, 2, 3]),
+        node("Reshape", ["x", "t"]),
+        node("Reshape", ["u", "t"], ["z"]),
+    ]
+    proto = model(nodes, constants={**INDICES, "all": np.array([-1])}, x=("N", "C", 8, 8), outputs=["y", "z"])
+    _, result = rewritten(proto, FOLD)
+    assert "Concat" in op_types(result.graph)
 
 
 def test_a_target_that_is_an_output_stays() -> None:

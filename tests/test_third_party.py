@@ -65,16 +65,22 @@ def net(tmp_path: Path) -> Path:
     return tmp_path / "net.onnx"
 
 
-def test_the_example_of_the_tutorial(example: Path, net: Path) -> None:
+def test_the_example_of_the_tutorial(example: Path, tmp_path: Path) -> None:
     """Its commands and its own tests, as an installed package."""
+    nodes = [
+        node("Transpose", ["x"], ["p"], perm=[0, 2, 3, 1]),
+        node("Transpose", ["p"], ["q"], perm=[0, 3, 1, 2]),
+        node("Relu", ["q"], ["y"]),
+    ]
+    onnx.save(model(nodes, x=(1, 4, 8, 8)), net := tmp_path / "model.onnx")
     listed = run(example, "-m", "fuser", "passes")
-    (line,) = (line for line in listed.stdout.splitlines() if "erase-neutral" in line)
-    assert "fuser-erase-neutral" in line and "Erase multiplications by one." in line
-    assert run(example, "-m", "fuser", "passes", "erase-neutral").stdout.startswith("# erase-neutral\n")
-    explained = run(example, "-m", "fuser", "explain", net, "--passes", "erase-neutral")
-    assert "applied erase-neutral @ mul_m: it multiplied by 1" in explained.stdout
-    done = run(example, "-m", "fuser", "optimize", net, "--passes", "erase-neutral")
-    assert done.returncode == 0 and "Mul" not in op_types(onnx.load(net.with_name("net.fused.onnx")).graph)
+    (line,) = (line for line in listed.stdout.splitlines() if "cancel-transposes" in line)
+    assert "fuser-cancel-transposes" in line and "Cancel two transposes" in line
+    assert run(example, "-m", "fuser", "passes", "cancel-transposes").stdout.startswith("# cancel-transposes\n")
+    explained = run(example, "-m", "fuser", "explain", net, "--passes", "cancel-transposes")
+    assert "applied cancel-transposes @ transpose_q: its readers read 'x'" in explained.stdout
+    done = run(example, "-m", "fuser", "optimize", net, "--passes", "cancel-transposes")
+    assert done.returncode == 0 and op_types(onnx.load(net.with_name("model.fused.onnx")).graph) == ["Relu"]
     tested = run(example, "-m", "pytest", "-q", "-p", "no:cacheprovider", EXAMPLE)
     assert tested.returncode == 0, tested.stdout
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import GraphProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
@@ -32,9 +33,10 @@ from fuser.graphs.onnx_readers import (
     bias_add,
     bias_position,
 )
+from fuser.graphs.onnx_sequences import split_sequence
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
-from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
+from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
     AveragePool,
     Constant,
@@ -45,9 +47,11 @@ from fuser.ops import (
     Identity,
     Linear,
     MaxPool,
+    Movement,
     Op,
     Pad,
     Padding,
+    SplitSequence,
     Value,
 )
 from fuser.remarks import Missed
@@ -59,6 +63,9 @@ _NOT_COUNTED = frozenset(
     "LSTM GRU RNN Einsum Attention DeformConv ConvInteger MatMulInteger QLinearConv QLinearMatMul".split()
 )
 """What multiplies and adds in ways that are not counted."""
+
+SPLIT_TAKES_SIZES_SINCE = 13
+"""Before that opset the sizes of a Split are an attribute."""
 
 FORMAL_INPUTS_BEFORE_IR = 4
 """Before IR 4 every initializer had to be listed as an input; it was a formality, and nobody replaced them."""
@@ -89,6 +96,7 @@ class OnnxGraph:
         self.known = KnownValues(model, self.wiring, set() if formal else backed, frozen=freeze_inputs)
         self._duplicate_constants = DuplicateConstants(model, self.wiring, self.known)
         self.wiring.scopes[0].changed = bool(self._removed)
+        self._zeros: dict[int, bool] = {}
         self._origins: dict[int, list[str]] = {}
         self._readings: dict[int, Op | None] = {}
         self._read_at = 0
@@ -105,6 +113,12 @@ class OnnxGraph:
             yield from self._dead_ops()  # type: ignore[misc]
         elif kind is Duplicate:
             yield from self._duplicate_ops()  # type: ignore[misc]
+        elif kind is SplitSequence:
+            for node in self.wiring.order:
+                if node.op != "SplitToSequence" or self.wiring.is_erased(node) or not self._is_read_here(node):
+                    continue
+                if (found := split_sequence(self, node)) is not None:
+                    yield found  # type: ignore[misc]
         elif kind is DuplicateConstant:
             for constant, twin in self._duplicate_constants:
                 yield DuplicateConstant(self.producer(constant), constant, twin)  # type: ignore[misc]
@@ -115,6 +129,8 @@ class OnnxGraph:
                 if node.op not in operators or self.wiring.is_erased(node) or self.known.is_foldable(node):
                     continue
                 op = self.read(node)
+                if op is not None and kind is Identity:
+                    op = as_identity(self, op)
                 if isinstance(op, kind) and op.node is node:
                     yield op
 
@@ -129,14 +145,12 @@ class OnnxGraph:
 
     def _read(self, node: gs.Node) -> Op | None:
         scope = self.wiring.scope(node)
-        if not is_standard(node) or node.op not in READERS or scope.opset < OLDEST_OPSET or scope.frozen:
+        if node.op not in READERS or not self._is_read_here(node):
             return None
         try:
-            op = READERS[node.op][1](NodeReader(self, node, scope.opset))
+            return READERS[node.op][1](NodeReader(self, node, scope.opset))
         except Unreadable:
             return None
-        value = handed_on(self, op)
-        return op if value is None else Identity(op.node, op.output, value)
 
     def op_producing(self, value: Value) -> Op | None:
         node = self.producer(value)
@@ -241,6 +255,13 @@ class OnnxGraph:
         """Whether the value is known before run time, without computing it."""
         return value in self.known
 
+    def is_zero(self, value: gs.Tensor) -> bool:
+        """Whether all elements of a known value are zeros."""
+        if id(value) not in self._zeros:
+            array = self.known.value(value)
+            self._zeros[id(value)] = not isinstance(array, Missed) and not array.any()
+        return self._zeros[id(value)]
+
     def element_type(self, value: gs.Tensor) -> int | None:
         """The ONNX element type, where it is known."""
         return self.known.element_type(value)
@@ -285,7 +306,9 @@ class OnnxGraph:
             for node in self._nodes(op):
                 self.wiring.erase(node)
             for output, value in pairs:
-                self._redirect(output, value)
+                # What is known, and declared, of a name has to stay true of it.
+                same = not isinstance(op, Movement) or self.known.shape(output) == self.known.shape(value)
+                self._redirect(output, value, may_rename=same)
         else:
             self._become_identity(op.node, by)
         if producer is not None and was_read:
@@ -306,7 +329,7 @@ class OnnxGraph:
             uses = self.wiring.uses(output)
             if not uses:
                 continue
-            value = self.known.evaluate(output) if output in self.known else self.known.reshape_target(output)
+            value = self.known.evaluate(output) if output in self.known else self._only_a_target(node)
             assert value is not None  # otherwise it is no `Constant`
             constant = self._new_constant(self.wiring.scope(node), output.name, value, node)
             for reader, position in uses:
@@ -314,8 +337,32 @@ class OnnxGraph:
         self.wiring.erase(node)
         self.edits += 1
 
+    def split(self, op: SplitSequence) -> None:
+        node, scope = op.node, self.wiring.scope(op.node)
+        assert op.sizes is not None
+        outputs = [gs.Variable(self._fresh(f"{op.output.name}_{i}")) for i in range(len(op.sizes))]
+        for index, value in op.taken:
+            self.wiring.erase(self.producer(value))
+            outputs[index] = value
+        attributes: dict[str, int | list[int]] = {"axis": op.axis}
+        inputs = [op.input]
+        if scope.opset < SPLIT_TAKES_SIZES_SINCE:
+            attributes["split"] = list(op.sizes)
+        else:
+            inputs.append(self._new_constant(scope, f"{op.output.name}.sizes", np.array(op.sizes, np.int64), node))
+        split = gs.Node("Split", node.name or self._fresh(f"{op.output.name}_split"), attributes)
+        self.wiring.insert(split, before=node)
+        self.wiring.erase(node)
+        self.wiring.link(split, inputs, outputs)
+        for output in outputs:
+            self.wiring.adopt(scope, output)
+        self.edits += 1
+
     def erase(self, op: Op) -> None:
-        self.wiring.erase(op.node)
+        if op.node is None:
+            self.wiring.drop_unread(op.output)
+        else:
+            self.wiring.erase(op.node)
         self.edits += 1
 
     def commit(self) -> None:
@@ -328,6 +375,13 @@ class OnnxGraph:
         if any(scope.changed for scope in self.wiring.scopes):
             onnx_carrier.patch(self._model.proto, self.wiring, self._origins, self._removed)
         return self._model
+
+    def _is_read_here(self, node: gs.Node) -> bool:
+        """Whether nodes like this one, where it is, are understood at all."""
+        scope = self.wiring.scope(node)
+        return (
+            is_standard(node) and scope.opset >= OLDEST_OPSET and not scope.frozen and not self.wiring.is_erased(node)
+        )
 
     # -- ops that are found, not read
 
@@ -353,16 +407,18 @@ class OnnxGraph:
             yield Constant(node, node.outputs[0], elements_freed=freed, elements_made=made)
 
     def _only_a_target(self, node: gs.Node) -> Array | None:
-        """What the node makes where only Reshapes read it, as their target: one size need not be known."""
+        """What may stand for the output of a node that only Reshapes read, as their target; see `reshape_target`."""
         output = node.outputs[0] if len(node.outputs) == 1 else None
-        if output is None or output in self.known:
-            return None
-        uses = self.wiring.uses(output)
-        are_targets = (
-            reader.op == "Reshape" and position == 1 and is_standard(reader) and not reader.attrs.get("allowzero")
-            for reader, position in uses
-        )
-        return self.known.reshape_target(output) if uses and all(are_targets) else None
+        uses = [] if output is None or output in self.known else self.wiring.uses(output)
+        targets: list[Array] = []
+        for reader, position in uses:
+            if reader.op != "Reshape" or position != 1 or not is_standard(reader) or reader.attrs.get("allowzero"):
+                return None
+            target = self.known.reshape_target(output, reader.inputs[0])
+            if target is None or (targets and not np.array_equal(target, targets[0])):
+                return None
+            targets.append(target)
+        return targets[0] if targets else None
 
     def _freed(self, tensors: Sequence[gs.Tensor], reader: gs.Node) -> int:
         """How many elements of constants nobody reads any more once `reader` does not read `tensors`."""
@@ -390,6 +446,9 @@ class OnnxGraph:
                 continue
             if not self.wiring.is_read(node):
                 yield Dead(node, node.outputs[0] if node.outputs else None)
+        for tensor in self.wiring.unread:
+            if tensor.name not in self.wiring.scopes[0].dropped:
+                yield Dead(None, tensor)
 
     def _duplicate_ops(self) -> Iterator[Duplicate]:
         for node, twin in duplicate_nodes(self.wiring):
@@ -412,11 +471,11 @@ class OnnxGraph:
             return False
         return self.same_scope(producer, op.node)
 
-    def _redirect(self, output: gs.Tensor, value: gs.Tensor) -> None:
+    def _redirect(self, output: gs.Tensor, value: gs.Tensor, *, may_rename: bool) -> None:
         """Readers of `output`, whose node is gone, read `value`."""
         readers, others = self.wiring.uses(output), self.wiring.uses(value)
         producer = self.producer(value)
-        renames = producer is not None and not others and self.same_scope(producer, output.inputs[0])
+        renames = may_rename and producer is not None and not others and self.same_scope(producer, output.inputs[0])
         if self.wiring.public(output) or (renames and not self.wiring.public(value)):
             # The producer writes under the name of what goes: its readers keep their bytes.
             self.wiring.set_output(producer, value, output)

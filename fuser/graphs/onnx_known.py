@@ -194,16 +194,22 @@ class KnownValues:
             self._values[id(node.outputs[0])] = array
             self._sized[id(node)] = node
 
-    def reshape_target(self, tensor: gs.Tensor) -> Array | None:
-        """What a Reshape may be given for `tensor`: sizes that are known but for one, which the number of elements
-        tells.  None where there are more, or a 0 or -1 that says something else."""
-        sizes = self._sizes.of(tensor)
+    def reshape_target(self, tensor: gs.Tensor, data: gs.Tensor) -> Array | None:
+        """What a Reshape of `data` may be given for `tensor`, sizes of which not all are known; None for no such thing.
+
+        A size that the axis of `data` at its place has is copied: 0.  A single one that is not known is told by the
+        number of elements: -1, unless another 0 or -1 says something.
+        """
+        sizes, shape = self._sizes.of(tensor), self.shape(data) or ()
         if sizes is None or sizes.ndim != 1:
             return None
         known = [size for size in sizes if isinstance(size, int)]
-        if len(known) != sizes.size - 1 or not all(size > 0 for size in known):
-            return None
-        return np.array([size if isinstance(size, int) else -1 for size in sizes], np.int64)
+        if len(known) == sizes.size - 1 and all(size > 0 for size in known):
+            return np.array([size if isinstance(size, int) else -1 for size in sizes], np.int64)
+        here = (*shape, *[None] * sizes.size)
+        if all(isinstance(size, int) or (size is not None and size == here[i]) for i, size in enumerate(sizes)):
+            return np.array([size if isinstance(size, int) else 0 for size in sizes], np.int64)
+        return None
 
     def _small(self, tensor: gs.Tensor) -> Array | None:
         """The value of a small constant."""

@@ -182,7 +182,8 @@ def _matmul(n: NodeReader) -> ops.Op:
 def bias_add(graph: OnnxGraph, matmul: gs.Node) -> gs.Node | None:
     """The Add that gives a MatMul its bias: the only reader of its output, with a constant of rank 1 or less.
 
-    MatMul and Add read as one `Linear`; as two ops, each would offer the other's constant again for ever.
+    MatMul and Add read as one `Linear`; as two ops, each would offer the other's constant again for ever.  An Add of
+    zeros is none: it is left to whoever folds arithmetic.
     """
     readers = graph.uses(matmul.outputs[0])
     if len(readers) != 1 or graph.is_public(matmul.outputs[0]):
@@ -192,7 +193,7 @@ def bias_add(graph: OnnxGraph, matmul: gs.Node) -> gs.Node | None:
         return None
     bias = add.inputs[1 - position]
     rank = graph.rank(bias) if graph.is_known(bias) else None
-    return add if rank is not None and rank <= 1 else None
+    return add if rank is not None and rank <= 1 and not graph.is_zero(bias) else None
 
 
 def bias_position(graph: OnnxGraph, add: gs.Node) -> int:

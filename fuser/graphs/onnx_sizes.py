@@ -17,7 +17,7 @@ from fuser.graph import Array, Dim
 from fuser.graphs.onnx_values import Shape
 
 MAX_SIZES = 64
-"""More sizes than that no shape has."""
+"""No operand that says a shape, axes or bounds has more elements."""
 
 Sizes = Array
 """Of rank 0 or 1, of objects: integers, and for a size that is not known its name or None."""

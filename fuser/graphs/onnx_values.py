@@ -30,9 +30,11 @@ _SAME_BITS_EVERYWHERE = frozenset(
 )
 _NEEDS_THE_RUNTIME = frozenset(
     """
-    BatchNormalization Clip Conv ConvTranspose CumSum Einsum Erf Exp Gemm Log MatMul Pow Reciprocal
-    ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Sigmoid
-    Softmax Tanh
+    ArgMax ArgMin Atan AveragePool BatchNormalization BitShift Clip Conv ConvTranspose Cos CumSum DepthToSpace
+    Einsum Elu Erf Exp EyeLike Gelu Gemm GlobalAveragePool HardSigmoid HardSwish InstanceNormalization IsInf IsNaN
+    LayerNormalization LeakyRelu Log LogSoftmax MatMul MaxPool Mean Mod PRelu Pow Reciprocal ReduceL1 ReduceL2
+    ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Resize Round Selu
+    Sigmoid Sin Softmax Softplus Softsign SpaceToDepth Sum Tan Tanh TopK
     """.split()
 )
 EVALUABLE = _SAME_BITS_EVERYWHERE | _NEEDS_THE_RUNTIME

@@ -80,6 +80,7 @@ class Wiring:
     """The links of a model, by identity, and the small edits that keep them right.
 
     order: the living nodes of all scopes, each made before it is read.
+    unread: the initializers of the main graph that nobody has ever read and no caller can give, by name.
 
     Raises `InputError` for a model that is not a graph: cyclic, or with a value produced twice.
     """
@@ -105,6 +106,7 @@ class Wiring:
             path = f"{proto.domain}:{proto.name}/" if proto.domain else f"{proto.name}/"
             self._register(Scope(path, proto, function, _opset(proto.opset_import) or main.opset))
         self.order = self._ordered()
+        self.unread = [gs.Variable(name) for name in _unread_initializers(model)]
 
     # -- reading
 
@@ -210,6 +212,12 @@ class Wiring:
                 for inner in body.nodes():
                     if not self.is_erased(inner):
                         self.erase(inner)
+
+    def drop_unread(self, tensor: gs.Tensor) -> None:
+        """Drop one of `unread`."""
+        main = self.scopes[0]
+        main.dropped.add(tensor.name)
+        main.changed = True
 
     def sweep(self, keep: dict[int, gs.Tensor]) -> None:
         """Drop what the edits orphaned: constants without readers, and nodes that only fed what is gone."""
@@ -327,6 +335,15 @@ def _reject_bytes(name: str | bytes) -> None:
 
 def initializer_names(graph: GraphProto) -> set[str]:
     return {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
+
+
+def _unread_initializers(model: onnx.ModelProto) -> list[str]:
+    if model.training_info:  # which names initializers, too
+        return []
+    graph = model.graph
+    annotated = {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
+    needed = names_read(graph) | {info.name for info in graph.input} | annotated
+    return [tensor.name for tensor in graph.initializer if tensor.name not in needed]
 
 
 def names_read(graph: GraphProto | FunctionProto) -> set[str]:

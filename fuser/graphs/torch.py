@@ -52,8 +52,22 @@ from fuser.graphs.torch_readers import (
 from fuser.graphs.torch_tracing import trace
 from fuser.graphs.torch_values import is_readable, to_array
 from fuser.graphs.torch_wiring import Wiring
-from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
-from fuser.ops import AveragePool, Constant, Conv, Dead, Duplicate, Identity, MaxPool, Op, Pad, Padding, Reshape, Value
+from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
+from fuser.ops import (
+    AveragePool,
+    Constant,
+    Conv,
+    Dead,
+    Duplicate,
+    Identity,
+    MaxPool,
+    Op,
+    Pad,
+    Padding,
+    Reshape,
+    SplitSequence,
+    Value,
+)
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -119,16 +133,13 @@ class TorchGraph:
                 if self._constants.is_known(node) or not issubclass(self._kind(node), kinds):
                     continue
                 op = self.read(node)
+                if op is not None and kind is Identity:
+                    op = as_identity(self, op)
                 if isinstance(op, kind) and op.node is node:
                     yield op
 
     def read(self, node: fx.Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
-        op = self._read(node)
-        value = None if op is None else handed_on(self, op)
-        return op if op is None or value is None else Identity(op.node, op.output, value, hooked=op.hooked)
-
-    def _read(self, node: fx.Node) -> Op | None:
         try:
             if (module := self._called(node)) is not None:
                 entry = MODULE_READERS.get(module_class(module))
@@ -369,6 +380,10 @@ class TorchGraph:
         for user in users:
             self._constants.learn(user)
         self.edits += 1
+
+    def split(self, op: SplitSequence) -> None:
+        """Never asked: a torch graph has no sequences of tensors, so it offers none."""
+        raise AssertionError(f"{op} is no op of a torch graph")
 
     def erase(self, op: Op) -> None:
         self._erase_op(op)

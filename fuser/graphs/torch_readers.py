@@ -494,8 +494,9 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
 """ATen operator -> the kind of op it reads as, and its reader."""
 
 SEVERAL_OUTPUTS = frozenset(
-    [name for name, (kind, _) in READERS.items() if kind is ops.BatchNorm and name != "batch_norm"]
-    + ["native_layer_norm", "native_group_norm", "max_pool2d_with_indices", "max_pool3d_with_indices"]
+    name
+    for name, (kind, _) in READERS.items()
+    if (kind is ops.BatchNorm and name != "batch_norm") or name.endswith("_with_indices") or name.startswith("native_")
 )
 """Operators that return a tuple; the vocabulary's output is its first element."""
 
