@@ -103,7 +103,7 @@ class Graph(Protocol):
         ...
 
     def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
-        """Why `set_padding` with the same arguments has no way to be written in this graph; None where it has.
+        """Why `op` cannot read the input of `pad` and add `padding` by itself in this graph; None where it can.
 
         Codes: `asymmetric` (torch pads both sides alike), `window` (a pool pads by no more than half a window),
         `layout` (the result would be laid out differently in memory).
@@ -129,8 +129,8 @@ class Graph(Protocol):
         """
         ...
 
-    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
-        """Let `op` read the input of `pad`, and add `padding` by itself; the zeros of an average count."""
+    def set_padding(self, op: Conv | AveragePool | MaxPool, padding: Padding) -> None:
+        """Let the op add so much around its input; the zeros of an average count."""
         ...
 
     def replace(self, op: Op, by: Value) -> None:

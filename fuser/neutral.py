@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fuser.graph import Array, Dim, Graph
-from fuser.ops import Concat, Elementwise, Identity, Op, Reshape, Transpose, Value
+from fuser.ops import Concat, Elementwise, Identity, Op, Pad, Reshape, Transpose, Value
 from fuser.remarks import Missed
 
-MAY_CHANGE_NOTHING = (Elementwise, Reshape, Transpose, Concat)
+MAY_CHANGE_NOTHING = (Elementwise, Reshape, Transpose, Concat, Pad)
 """Kinds of ops that are also found when identities are asked for, each time they are one."""
 
 MAX_ELEMENTS = 1 << 16
@@ -37,6 +37,8 @@ def _handed_on(graph: Graph, op: Op) -> Value | None:
             return op.input
         case Concat() if len(op.inputs) == 1:
             return op.inputs[0]
+        case Pad(padding=()):
+            return op.input
     return None
 
 

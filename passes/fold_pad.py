@@ -78,8 +78,9 @@ class FoldPad(RewritePass[Pad, Folding]):
     def rewrite(self, graph: Graph, match: Folding) -> str:
         names = ", ".join(graph.describe(taker) for taker, _ in match.takers)
         for taker, padding in match.takers:
-            graph.set_padding(taker, match.pad, padding)
-        graph.erase(match.pad)
+            graph.set_padding(taker, padding)
+            graph.set_input(taker, match.pad.input)
+        graph.replace(match.pad, by=match.pad.input)  # which nobody reads any more, but a signature may name it
         return f"into {names}"
 
 

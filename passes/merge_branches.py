@@ -2,11 +2,12 @@
 
     y = conv(x, W1) + conv(x, W2)     =>   y = conv(x, W1 + W2)      the smaller kernel inside the larger one
     y = conv(x, W) + s x + t          =>   y = conv(x, W + s)        s on the tap that meets x, t in the bias
+    y = conv(x, W) + avg_pool(x)      =>   y = conv(x, W + 1/n)      n elements in each window, inside the kernel
     y = W1 x + W2 x                   =>   y = (W1 + W2) x
 
-A branch is a convolution or matrix product, a BatchNorm or arithmetic with constants, or x itself; the sum may
-be a difference.  Blocks of many branches (RepVGG, MobileOne, RepViT, FastViT) collapse pair by pair, together with
-fold-batch-norm and fold-affine.  The operator with the larger kernel stays, so nothing grows.
+A branch is a convolution or matrix product, an average, a BatchNorm or arithmetic with constants, or x itself; the
+sum may be a difference.  Blocks of many branches (RepVGG, MobileOne, RepViT, FastViT) collapse pair by pair, together
+with fold-batch-norm and fold-affine.  The operator with the larger kernel stays, so nothing grows.
 
 Refusals:
     geometry       strides, groups, windows or channels do not allow for one kernel
@@ -18,6 +19,7 @@ Refusals:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -29,7 +31,7 @@ from fuser.affine import Constants
 from fuser.graph import Array, Graph
 from fuser.kernels import Kernel, agree
 from fuser.maps import IDENTITY, AffineOp, Map, affine_op
-from fuser.ops import BatchNorm, Conv, Elementwise, Linear, Value
+from fuser.ops import AveragePool, BatchNorm, Conv, Elementwise, Linear, Value
 from fuser.remarks import Missed
 from fuser.rewrite import HOOKED, RewritePass
 
@@ -44,7 +46,7 @@ class Branch:
 
     source: Value
     name: str
-    op: Conv | Linear | None = None
+    op: Conv | Linear | AveragePool | None = None
     map: Map = IDENTITY
     hooked: bool = False
 
@@ -96,13 +98,13 @@ def _pairs(graph: Graph, total: Elementwise) -> Iterator[tuple[Branch, Branch]]:
     """Readings of the two operands that share their source."""
     for left in _branches(graph, total.left):
         for right in _branches(graph, total.right):
-            if left.source is right.source and (left.op is not None or right.op is not None):
+            if left.source is right.source and any(isinstance(one.op, Conv | Linear) for one in (left, right)):
                 yield left, right
 
 
 def _branches(graph: Graph, value: Value) -> Iterator[Branch]:
     op = graph.op_producing(value)
-    if isinstance(op, Conv | Linear):
+    if isinstance(op, Conv | Linear | AveragePool):
         yield Branch(op.input, graph.describe(op), op, hooked=op.hooked)
     branch: Branch | None = Branch(value, f"{graph.describe(value)} itself")
     while branch is not None:
@@ -131,7 +133,7 @@ def _merge(graph: Graph, total: Elementwise, left: Branch, right: Branch) -> Mer
             return written(graph, operand)
     refused: Missed | None = None
     for host, guest, signs in ((left, right, (1, _sign(total))), (right, left, (_sign(total), 1))):
-        if host.op is None:
+        if not isinstance(host.op, Conv | Linear):
             continue
         found = _take_in(graph, total, host.op, guest, *signs)
         if isinstance(found, Merge):
@@ -203,9 +205,9 @@ def _is_turned(op: Conv | Linear) -> bool:
 
 def _guest_kernel(graph: Graph, guest: Branch, host_op: Conv | Linear, host: Kernel) -> Kernel | Missed:
     if guest.op is not None:
-        if type(guest.op) is not type(host_op):
+        if isinstance(guest.op, Linear) != isinstance(host_op, Linear):
             return Missed("geometry", "a convolution and a matrix product work along different axes")
-        return _kernel(graph, guest.op)
+        return _mean(graph, guest.op, host) if isinstance(guest.op, AveragePool) else _kernel(graph, guest.op)
     m = guest.map
     if m.axis is not None:
         rank = graph.rank(host_op.output)
@@ -217,3 +219,16 @@ def _guest_kernel(graph: Graph, guest: Branch, host_op: Conv | Linear, host: Ker
     if m.affine.channels not in (1, host.inputs):
         return Missed("shape-mismatch", f"{m.affine.channels} channels in one branch, {host.inputs} in the other")
     return Kernel.pointwise(m.affine.sized(host.inputs), len(host.taps))
+
+
+def _mean(graph: Graph, op: AveragePool, host: Kernel) -> Kernel | Missed:
+    """The mean over a window as a depthwise kernel, where every window has as many elements."""
+    window = op.window
+    if window is None or len(window.size) != len(host.taps):
+        return Missed("geometry", f"the windows of {graph.describe(op)} depend on the size of its input")
+    if not op.pads_counted and any(any(pair) for pair in window.padding):
+        return Missed("geometry", f"{graph.describe(op)} averages over fewer elements at the border")
+    count = math.prod(window.size)
+    weight = np.full((host.inputs, 1, *window.size), 1 / count)
+    ones = (1,) * len(window.size)
+    return Kernel.conv(Constants(weight, np.zeros(host.inputs)), host.inputs, window.strides, ones, window.padding)

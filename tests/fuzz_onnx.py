@@ -165,6 +165,7 @@ class _Draft:
             "fold-batch-norm",
             "fold-affine",
             "fold-layer-norm",
+            "fold-pad",
             "merge-branches",
             "merge-linears",
             "eliminate-dead-code",
@@ -431,6 +432,9 @@ class _Draft:
             (self._transpose, 2),
             (self._concat, 3),
             (self._average, 3),
+            (self._padded, 4),
+            (self._maximum, 1),
+            (self._resize, 2),
             (self._hand_on, 4),
             (self._activation, 3),
             (self._dead, 1),
@@ -737,6 +741,72 @@ class _Draft:
         self.dice.shuffle(parts)
         negative = self.opset >= 11 and self.dice.random() < 0.2
         return self._emit(block, "Concat", parts, axis=axis - x.array.ndim if negative else axis)
+
+    def _padded(self, block: Block, x: Value) -> Value | None:
+        """A Pad, mostly with something behind it that could pad by itself."""
+        rank = x.array.ndim
+        if rank < 3:
+            return None
+        if self.dice.random() < 0.3:
+            x = self._emit(block, "Relu", [x]) or x
+        y = self._pad(block, x)
+        if y is None or self.dice.random() < 0.15:
+            return y
+        if self.dice.random() < 0.1:
+            block.values.append(y)  # somebody else may read it
+        return self.dice.choice([self._conv, self._conv, self._average, self._maximum, self._batch_norm])(block, y)
+
+    def _pad(self, block: Block, x: Value) -> Value | None:
+        rank, dice = x.array.ndim, self.dice
+        spatial = list(range(2, rank))
+        axes = list(range(rank)) if dice.random() < 0.1 else dice.sample(spatial, dice.randint(1, len(spatial)))
+        sides = [0, 1, 1, 2, -1] if dice.random() < 0.1 else [0, 1, 1, 2]
+        pairs = {axis: (dice.choice(sides), dice.choice(sides)) for axis in axes}
+        attributes: dict[str, Any] = {}
+        if dice.random() < 0.2:
+            attributes["mode"] = dice.choice(["constant", "reflect", "edge"])
+        value = dice.choice([None, None, 0.0, 0.0, 0.5])
+        named = self.opset >= 18 and dice.random() < 0.6
+        order = axes if named else list(range(rank))
+        pads = [pairs.get(axis, (0, 0))[side] for side in (0, 1) for axis in order]
+        if self.opset < 11:
+            attributes.update({} if value is None else {"value": value})
+            return self._emit(block, "Pad", [x], pads=pads, **attributes)
+        inputs: list[Value | None] = [x, self._integers(block, pads)]
+        if value is not None or named:
+            inputs.append(None if value is None else self._as_initializer(block, np.asarray(value, self.dtype)))
+        if named:
+            inputs.append(self._integers(block, [axis - rank if dice.random() < 0.4 else axis for axis in axes]))
+        return self._emit(block, "Pad", inputs, **attributes)
+
+    def _maximum(self, block: Block, x: Value) -> Value | None:
+        if x.array.ndim < 3:
+            return None
+        kernel = [self.dice.choice([1, 2, 3]) for _ in x.shape[2:]]
+        attributes = self._window(kernel, 1, transposed=False) | {"kernel_shape": kernel}
+        attributes.pop("group", None)
+        if self.opset < 10:
+            attributes.pop("dilations", None)
+        if "pads" in attributes:
+            attributes["pads"] = [min(p, k - 1) for p, k in zip(attributes["pads"], kernel * 2, strict=True)]
+        if self.opset >= 10 and "auto_pad" not in attributes and self.dice.random() < 0.1:
+            attributes["ceil_mode"] = 1
+        return self._emit(block, "MaxPool", [x], **attributes)
+
+    def _resize(self, block: Block, x: Value) -> Value | None:
+        """Twice as large, or of another size; channels too, now and then."""
+        rank = x.array.ndim
+        if rank < 3 or self.opset < 13:
+            return None
+        factors = [1.0, self.dice.choice([1.0] * 9 + [2.0]), *(self.dice.choice([1.0, 1.5, 2.0]) for _ in x.shape[2:])]
+        mode = self.dice.choice(["nearest", "linear"])
+        how = self.dice.choice(["half_pixel", "asymmetric", "align_corners"])
+        if self.dice.random() < 0.5:
+            given = [None, self._as_initializer(block, np.asarray(factors, np.float32))]
+        else:
+            sizes = [int(size * factor) for size, factor in zip(x.shape, factors, strict=True)]
+            given = [None, None, self._integers(block, sizes)]
+        return self._emit(block, "Resize", [x, *given], mode=mode, coordinate_transformation_mode=how)
 
     def _average(self, block: Block, x: Value) -> Value | None:
         rank = x.array.ndim

@@ -54,7 +54,7 @@ class _Builder:
             self._conv, self._conv, self._conv, self._linear, self._linear, self._norm, self._norm, self._norm,
             self._norm, self._functional_norm, self._functional_linear, self._arithmetic, self._arithmetic,
             self._sum, self._sum, self._shape, self._pass, self._activation, self._concat, self._pool, self._again,
-            self._cond, self._layer_norm, self._layer_norm, self._pair, self._pair,
+            self._cond, self._layer_norm, self._layer_norm, self._pair, self._pair, self._pad, self._pad, self._resize,
         ]  # fmt: skip
 
     def sample(self) -> Sample:
@@ -312,6 +312,44 @@ class _Builder:
         if kind == "mean":
             return lambda net, values: values[at].mean((2, 3), keepdim=True)
         return lambda net, values: F.avg_pool2d(values[at], 2)
+
+    def _pad(self, x: Tensor, at: int) -> Step | None:
+        """A pad, mostly with something behind it that could pad by itself."""
+        spatial, dice = x.dim() - 2, self.dice
+        if not 1 <= spatial <= 3:
+            return None
+        axes = dice.randint(1, spatial)
+        sides = [dice.choice([0, 1, 1, 2]) for _ in range(axes)]
+        pairs = [side for side in sides for _ in range(2)]
+        if dice.random() < 0.15:
+            pairs[0] -= dice.choice([-1, 1, 3])
+        value = dice.choice([0.0, 0.0, 0.0, 0.5, float("-inf")])
+        channels, kernel, stride = x.shape[1], dice.choice([2, 3, 4]), dice.choice([1, 2])
+        kind: Any = dice.choice(["Conv", "Conv", "Avg", "Max", "Max", None])
+        if kind is None:
+            return lambda net, values: F.pad(values[at], pairs, value=0.5)
+        if kind == "Max":
+            after: nn.Module = getattr(nn, f"MaxPool{spatial}d")(kernel, stride, ceil_mode=dice.random() < 0.1)
+        elif kind == "Avg":
+            after = getattr(nn, f"AvgPool{spatial}d")(kernel, stride, count_include_pad=dice.random() < 0.5)
+        else:
+            after = getattr(nn, f"Conv{spatial}d")(channels, channels, kernel, stride, padding=dice.choice([0, 1]))
+        name, rectified, layer = self._layer(after), dice.random() < 0.3, dice.random() < 0.5
+        pad = self._layer(getattr(nn, f"ConstantPad{spatial}d")(pairs + [0] * (2 * spatial - len(pairs)), value))
+
+        def step(net: Net, values: list[Tensor]) -> Any:
+            y = torch.relu(values[at]) if rectified else values[at]
+            return net.layers[name](net.layers[pad](y) if layer else F.pad(y, pairs, value=value))
+
+        return step
+
+    def _resize(self, x: Tensor, at: int) -> Step | None:
+        if not 3 <= x.dim() <= 5:
+            return None
+        if self.dice.random() < 0.5:
+            return self._call(self._layer(nn.Upsample(scale_factor=self.dice.choice([1, 2, 0.5]))), at)
+        mode = {3: "linear", 4: "bicubic", 5: "trilinear"}[x.dim()]
+        return lambda net, values: F.interpolate(values[at], scale_factor=1.5, mode=mode)
 
     def _again(self, x: Tensor, at: int) -> Step | None:
         """A layer that was called before."""

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
+from fuser.passes.eliminate_identity import EliminateIdentity
 from fuser.passes.fold_batch_norm import FoldBatchNorm
 from fuser.passes.fold_constants import FoldConstants
 from fuser.passes.fold_pad import FoldPad
@@ -23,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import Net
 from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
-from rewriting import DOUBLE, refused, rewritten
+from rewriting import DOUBLE, applied, refused, rewritten
 from torch import Tensor, nn
 
 from fuser import pipeline
@@ -138,7 +139,10 @@ def test_any_convolution(data: st.DataObject) -> None:
     x = RNG.standard_normal((2, 4, *[6] * spatial))
     weight = {"v": RNG.standard_normal((4, 4 // groups, *kernel))}
     proto = net(pad(added, axes=named), conv("p", "y", "v", **attributes), x=x.shape, constants=weight)
-    check(proto, x, kept=["Conv"])
+    if any(added):
+        check(proto, x, kept=["Conv"])
+    else:  # an identity
+        assert op_types(applied(proto, EliminateIdentity(), bound=0).graph) == ["Conv"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -213,14 +217,14 @@ def test_stated_shapes_stay_true() -> None:
     proto = onnx.shape_inference.infer_shapes(proto)
     result = check(proto, X, kept=["Relu", "Conv"])
     assert [info.name for info in result.graph.value_info] == ["r"]
-    assert result.graph.node[1].doc_string == "fuser.folded: pad_p"
+    assert [one.doc_string for one in result.graph.node] == ["", "fuser.folded: pad_p"]
 
 
 def test_a_batch_norm_in_between_goes_first() -> None:
     proto = net(pad([0, 0, 1, 1, 0, 0, 1, 1]), batch_norm("p", "n"), conv("n", "y"), opset=17)
     outcome, result = rewritten(proto, FoldBatchNorm(), FOLD)
     assert outcome.missed == [] and op_types(result.graph) == ["Conv"]
-    np.testing.assert_allclose(run(result, X), run(proto, X), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(run(result, X), run(proto, X), rtol=1e-9, atol=1e-9)
 
 
 def test_a_batch_norm_in_front_does_not_commute_with_padding() -> None:

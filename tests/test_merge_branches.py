@@ -71,6 +71,26 @@ def test_strided_branches_and_a_depthwise_one() -> None:
     assert op_types(applied(double(nodes, d=RNG.standard_normal((4, 1, 1, 1))), MERGE).graph) == ["Conv"]
 
 
+COUNTED: dict[str, Any] = {"kernel_shape": [3, 3], "count_include_pad": 1, **SAME}
+
+
+@pytest.mark.parametrize("operator", ["Add", "Sub"])
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_an_average(operator: str, order: tuple[str, str], groups: int, stride: int, kernel: int) -> None:
+    ends = [1, 1] if kernel == 3 else [0, 0]
+    how = {**COUNTED, "kernel_shape": [kernel] * 2, "pads": [1, 1, *ends], "strides": [stride] * 2}
+    nodes = [
+        conv("x", "a", "g", group=groups, strides=[stride] * 2, **SAME),
+        node("AveragePool", ["x"], ["b"], **how),
+        node(operator, list(order)),
+    ]
+    result = applied(double(nodes, g=RNG.standard_normal((4, 4 // groups, 3, 3))), MERGE)
+    assert op_types(result.graph) == ["Conv"]
+
+
 @pytest.mark.parametrize("turned", [0, 1])
 @pytest.mark.parametrize("residual", [False, True])
 def test_matrix_products(turned: int, residual: bool) -> None:
@@ -136,6 +156,13 @@ GEOMETRY = {
     "window": [conv("x", "a"), conv("x", "b", "p", pads=[0, 0, 0, 0]), node("Add", ["a", "b"])],
     "strides": [conv("x", "a", strides=[2, 2], **SAME), conv("x", "b", "p"), node("Add", ["a", "b"])],
     "shrinks": [conv("x", "a"), node("Add", ["a", "x"])],
+    "uneven-average": [
+        conv("x", "a", **SAME),
+        node("AveragePool", ["x"], ["b"], **(COUNTED | {"count_include_pad": 0})),
+        node("Add", ["a", "b"]),
+    ],
+    "wide-average": [conv("x", "a", "p"), node("AveragePool", ["x"], ["b"], **COUNTED), node("Add", ["a", "b"])],
+    "global-average": [conv("x", "a", **SAME), node("GlobalAveragePool", ["x"], ["b"]), node("Add", ["a", "b"])],
     "automatic": [conv("x", "a", auto_pad="SAME_UPPER", dilations=[2, 2]), node("Add", ["a", "x"])],
     "transposed": [node("ConvTranspose", ["x", "w"], ["a"], pads=[1, 1, 1, 1]), node("Add", ["a", "x"])],
 }

@@ -290,18 +290,17 @@ class OnnxGraph:
                 node.attrs.pop(name, None)
         self.edits += 1
 
-    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
+    def set_padding(self, op: Conv | AveragePool | MaxPool, padding: Padding) -> None:
         node: gs.Node = op.node
-        self.wiring.set_input(node, 0, pad.input)
         self.wiring.set_attribute(node, "pads", [before for before, _ in padding] + [after for _, after in padding])
         node.attrs.pop("auto_pad", None)
         if isinstance(op, AveragePool):
             self.wiring.set_attribute(node, "count_include_pad", 1)
-        self._note_origin(node, pad.node)
         self.edits += 1
 
     def replace(self, op: Op, by: Value) -> None:
         producer = self.producer(by)
+        was_read = op.node is not None and self.wiring.is_read(op.node)
         if self.can_vanish(op, by):
             pairs = self._pairs(op, by)
             for node in self._nodes(op):
@@ -312,7 +311,7 @@ class OnnxGraph:
                 self._redirect(output, value, may_rename=same)
         else:
             self._become_identity(op.node, by)
-        if producer is not None and op.node is not None:
+        if producer is not None and was_read:
             self._note_origin(producer, op.node)
         self.edits += 1
 

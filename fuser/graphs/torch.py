@@ -340,10 +340,8 @@ class TorchGraph:
         set_operands(self, self._wiring, self._constants, op, arrays)
         self.edits += 1
 
-    def set_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> None:
+    def set_padding(self, op: Conv | AveragePool | MaxPool, padding: Padding) -> None:
         set_padding(self._wiring, op, padding)
-        op.node.replace_input_with(pad.output, pad.input)
-        self._carrier.replaced(pad.output, pad.input)
         self.edits += 1
 
     def replace(self, op: Op, by: Value) -> None:
