@@ -102,6 +102,23 @@ OURS: dict[str, Callable[[], nn.Module]] = {
 }
 TIMM = ("resnet18", "mobileone_s0", "repvgg_a0", "mobilenetv3_small_100", "efficientnet_b0", "convnext_atto")
 
+REPARAMETERIZABLE = ("mobileone_s0", "repvgg_a0", "repvit_m0_9", "fastvit_t8", "levit_128s")
+"""timm's networks with parallel branches that its `reparameterize_model` merges."""
+
+BROAD = (
+    *REPARAMETERIZABLE,
+    *"""
+    botnet26t_256 coatnet_pico_rw_224 convit_tiny convnext_atto cspdarknet53 densenet121 dla34 dpn68 edgenext_xx_small
+    efficientformer_l1 efficientnet_b0 efficientvit_b0 efficientvit_m0 ese_vovnet19b_slim fasternet_t0 fbnetc_100
+    gernet_s ghostnet_100 ghostnetv2_100 ghostnetv3_100 hardcorenas_a hgnetv2_b0 hrnet_w18_small inception_next_atto
+    inception_v3 lcnet_035 mixnet_s mnasnet_small mobilenetv2_050 mobilenetv3_small_050 mobilenetv4_conv_small
+    mobilevit_xxs mobilevitv2_050 nextvit_small nf_resnet26 poolformer_s12 regnety_002 repghostnet_050
+    res2net50_14w_8s resnest14d resnet18 resnetv2_50 rexnet_100 selecsls42b shvit_s1 skresnet18 starnet_s1
+    swiftformer_xs tiny_vit_5m_224 tinynet_e visformer_tiny xception41
+    """.split(),
+)
+"""A network or two of timm's for each family that has BatchNorms, parallel branches or LayerScale."""
+
 
 def names() -> list[str]:
     """Ours, then timm's where it is installed."""
@@ -118,14 +135,17 @@ def build(name: str, seed: int = 0) -> nn.Module:
         model = timm.create_model(name.removeprefix("timm/"), pretrained=False)
     else:
         model = OURS[name]()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
-            with torch.no_grad():
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None:
                 module.running_mean.normal_(0, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
                 if module.affine:
                     module.weight.uniform_(0.5, 1.5)
                     module.bias.normal_(0, 0.2)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("gamma"):  # a LayerScale begins near zero, and would hide its whole branch
+                parameter.uniform_(0.5, 1.5)
     return model.eval()
 
 
@@ -148,14 +168,33 @@ def example(batch: int = 1, seed: int = 0) -> torch.Tensor:
     return torch.randn(batch, *INPUT, generator=torch.Generator().manual_seed(seed))
 
 
-def export_raw(model: nn.Module, path: Path) -> Path:
+def example_for(model: nn.Module) -> torch.Tensor:
+    """Images of the smallest usual size that the network takes; raises what it raises where it takes none."""
+    for size in (128, 224, 256):
+        x = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        try:
+            with torch.no_grad():
+                model(x)
+            return x
+        except (RuntimeError, AssertionError, ValueError) as error:
+            refused = error
+    raise refused
+
+
+def export_raw(model: nn.Module, path: Path, x: torch.Tensor | None = None, optimized: Path | None = None) -> Path:
     """The ONNX file as torch exports it, without the optimizer that runs inside its exporter.
 
     It computes the parameters of BatchNorm with Expand nodes, behind which ONNX Runtime 1.32 does not fold them:
     here a fold gains something even with the runtime's own optimizer on.
+
+    optimized: where the default export, after that optimizer, is written, too.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    program = torch.onnx.export(model, (example(),), dynamo=True, optimize=False, verbose=False)
+    given = (example() if x is None else x,)
+    program = torch.onnx.export(model, given, dynamo=True, optimize=False, verbose=False)
     assert program is not None
     program.save(path)
+    if optimized is not None:
+        program.optimize()
+        program.save(optimized)
     return path

@@ -105,8 +105,13 @@ def run_onnx(path: str, x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.asarray(session.run(None, {session.get_inputs()[0].name: x})[0])
 
 
+def is_right(error: float, own: float) -> bool:
+    """Whether a result is as near to the truth as can be asked, when the unoptimized model is off by `own`."""
+    return error <= max(10 * own, 1e-5)
+
+
 def verdict(error: float, own: float) -> str:
-    return f"right ({error:.0e})" if error <= max(10 * own, 1e-5) else f"WRONG ({error:.0e})"
+    return f"right ({error:.0e})" if is_right(error, own) else f"WRONG ({error:.0e})"
 
 
 def onnx_rows(name: str, folder: Path, time_each: float) -> list[list[Any]]:
