@@ -146,6 +146,8 @@ def build(name: str, seed: int = 0) -> nn.Module:
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("gamma"):  # a LayerScale begins near zero, and would hide its whole branch
                 parameter.uniform_(0.5, 1.5)
+            elif parameter_name.endswith("bias") and not parameter.any():  # no trained network adds zeros
+                parameter.normal_(0, 0.02)
     return model.eval()
 
 

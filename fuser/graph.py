@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from fuser.ops import Op, Value
+from fuser.ops import Op, SplitSequence, Value
 from fuser.remarks import Missed
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -134,6 +134,10 @@ class Graph(Protocol):
 
     def replace_with_constant(self, op: Op) -> None:
         """Put the value of a `Constant` op in its place; only the graph knows how it was computed."""
+        ...
+
+    def split(self, op: SplitSequence) -> None:
+        """Make the parts themselves in the place of a sequence of them; each is taken at most once."""
         ...
 
     def erase(self, op: Op) -> None:

@@ -216,3 +216,19 @@ class DuplicateConstant(Op):
     """
 
     twin: Value
+
+
+@dataclass(frozen=True, eq=False)
+class SplitSequence(Op):
+    """A sequence of consecutive parts of `input` along `axis`, made only to be taken apart again.
+
+    sizes: of the parts; None where they are not known before run time.
+    taken: (index, value) of each element that is taken by an index that is known.
+    others: how many readers want the sequence itself, or an element by an index that is not known.
+    """
+
+    input: Value
+    axis: int
+    sizes: tuple[int, ...] | None
+    taken: tuple[tuple[int, Value], ...]
+    others: int

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import GraphProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
@@ -32,10 +33,11 @@ from fuser.graphs.onnx_readers import (
     bias_add,
     bias_position,
 )
+from fuser.graphs.onnx_sequences import split_sequence
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
 from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
-from fuser.ops import Constant, Conv, Dead, Duplicate, DuplicateConstant, Identity, Linear, Op, Value
+from fuser.ops import Constant, Conv, Dead, Duplicate, DuplicateConstant, Identity, Linear, Op, SplitSequence, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -45,6 +47,9 @@ _NOT_COUNTED = frozenset(
     "LSTM GRU RNN Einsum Attention DeformConv ConvInteger MatMulInteger QLinearConv QLinearMatMul".split()
 )
 """What multiplies and adds in ways that are not counted."""
+
+SPLIT_TAKES_SIZES_SINCE = 13
+"""Before that opset the sizes of a Split are an attribute."""
 
 FORMAL_INPUTS_BEFORE_IR = 4
 """Before IR 4 every initializer had to be listed as an input; it was a formality, and nobody replaced them."""
@@ -91,6 +96,12 @@ class OnnxGraph:
             yield from self._dead_ops()  # type: ignore[misc]
         elif kind is Duplicate:
             yield from self._duplicate_ops()  # type: ignore[misc]
+        elif kind is SplitSequence:
+            for node in self.wiring.order:
+                if node.op != "SplitToSequence" or self.wiring.is_erased(node) or not self._is_read_here(node):
+                    continue
+                if (found := split_sequence(self, node)) is not None:
+                    yield found  # type: ignore[misc]
         elif kind is DuplicateConstant:
             for constant, twin in self._duplicate_constants:
                 yield DuplicateConstant(self.producer(constant), constant, twin)  # type: ignore[misc]
@@ -115,7 +126,7 @@ class OnnxGraph:
 
     def _read(self, node: gs.Node) -> Op | None:
         scope = self.wiring.scope(node)
-        if not is_standard(node) or node.op not in READERS or scope.opset < OLDEST_OPSET or scope.frozen:
+        if node.op not in READERS or not self._is_read_here(node):
             return None
         try:
             op = READERS[node.op][1](NodeReader(self, node, scope.opset))
@@ -288,6 +299,27 @@ class OnnxGraph:
         self.wiring.erase(node)
         self.edits += 1
 
+    def split(self, op: SplitSequence) -> None:
+        node, scope = op.node, self.wiring.scope(op.node)
+        assert op.sizes is not None
+        outputs = [gs.Variable(self._fresh(f"{op.output.name}_{i}")) for i in range(len(op.sizes))]
+        for index, value in op.taken:
+            self.wiring.erase(self.producer(value))
+            outputs[index] = value
+        attributes: dict[str, int | list[int]] = {"axis": op.axis}
+        inputs = [op.input]
+        if scope.opset < SPLIT_TAKES_SIZES_SINCE:
+            attributes["split"] = list(op.sizes)
+        else:
+            inputs.append(self._new_constant(scope, f"{op.output.name}.sizes", np.array(op.sizes, np.int64), node))
+        split = gs.Node("Split", node.name or self._fresh(f"{op.output.name}_split"), attributes)
+        self.wiring.insert(split, before=node)
+        self.wiring.erase(node)
+        self.wiring.link(split, inputs, outputs)
+        for output in outputs:
+            self.wiring.adopt(scope, output)
+        self.edits += 1
+
     def erase(self, op: Op) -> None:
         self.wiring.erase(op.node)
         self.edits += 1
@@ -302,6 +334,13 @@ class OnnxGraph:
         if any(scope.changed for scope in self.wiring.scopes):
             onnx_carrier.patch(self._model.proto, self.wiring, self._origins, self._removed)
         return self._model
+
+    def _is_read_here(self, node: gs.Node) -> bool:
+        """Whether nodes like this one, where it is, are understood at all."""
+        scope = self.wiring.scope(node)
+        return (
+            is_standard(node) and scope.opset >= OLDEST_OPSET and not scope.frozen and not self.wiring.is_erased(node)
+        )
 
     # -- ops that are found, not read
 
