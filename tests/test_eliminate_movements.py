@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from fuser.passes.eliminate_identity import EliminateIdentity
@@ -18,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import Net
 from onnx_models import model, node, op_types
-from rewriting import applied, refused, rewritten
+from rewriting import DOUBLE, applied, refused, rewritten
 from torch import Tensor, nn
 
 from fuser import pipeline
@@ -126,3 +127,17 @@ def test_a_long_chain() -> None:
 def test_nn_modules_are_movements_too() -> None:
     module = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Unflatten(1, (4, 16)), nn.ReLU())
     assert pipeline.run(Traced().build(module, ()), [ELIMINATE]).applied == []  # Flatten copies the batch
+
+
+def test_what_is_declared_of_a_name_stays_true() -> None:
+    """The Relu may not write under the name of the reshaped value, which is declared in another shape."""
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        node("Reshape", ["r", "flat"], ["f"]),
+        node("Reshape", ["f", "wide"], ["w"]),
+        node("Neg", ["w"]),
+    ]
+    proto = model(nodes, x=(2, 4, 3), constants={"flat": np.array([8, 3]), "wide": np.array([2, 2, 6])}, dtype=DOUBLE)
+    proto.graph.value_info.add().CopyFrom(onnx.helper.make_tensor_value_info("f", DOUBLE, [8, 3]))
+    result = applied(proto, ELIMINATE)
+    assert op_types(result.graph) == ["Relu", "Reshape", "Neg"]

@@ -37,7 +37,7 @@ from fuser.graphs.onnx_sequences import split_sequence
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
 from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
-from fuser.ops import Constant, Conv, Dead, Duplicate, DuplicateConstant, Identity, Linear, Op, SplitSequence, Value
+from fuser.ops import Constant, Conv, Dead, Duplicate, DuplicateConstant, Identity, Linear, Movement, Op, SplitSequence, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -270,7 +270,9 @@ class OnnxGraph:
             for node in self._nodes(op):
                 self.wiring.erase(node)
             for output, value in pairs:
-                self._redirect(output, value)
+                # What is known, and declared, of a name has to stay true of it.
+                same = not isinstance(op, Movement) or self.known.shape(output) == self.known.shape(value)
+                self._redirect(output, value, may_rename=same)
         else:
             self._become_identity(op.node, by)
         if producer is not None and op.node is not None:
@@ -425,11 +427,11 @@ class OnnxGraph:
             return False
         return self.same_scope(producer, op.node)
 
-    def _redirect(self, output: gs.Tensor, value: gs.Tensor) -> None:
+    def _redirect(self, output: gs.Tensor, value: gs.Tensor, *, may_rename: bool) -> None:
         """Readers of `output`, whose node is gone, read `value`."""
         readers, others = self.wiring.uses(output), self.wiring.uses(value)
         producer = self.producer(value)
-        renames = producer is not None and not others and self.same_scope(producer, output.inputs[0])
+        renames = may_rename and producer is not None and not others and self.same_scope(producer, output.inputs[0])
         if self.wiring.public(output) or (renames and not self.wiring.public(value)):
             # The producer writes under the name of what goes: its readers keep their bytes.
             self.wiring.set_output(producer, value, output)

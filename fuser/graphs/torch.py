@@ -52,7 +52,7 @@ from fuser.graphs.torch_tracing import trace
 from fuser.graphs.torch_values import is_readable, to_array
 from fuser.graphs.torch_wiring import Wiring
 from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
-from fuser.ops import Constant, Dead, Duplicate, Identity, Op, Reshape, Value
+from fuser.ops import Constant, Dead, Duplicate, Identity, Op, Reshape, SplitSequence, Value
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
@@ -357,6 +357,10 @@ class TorchGraph:
         for user in users:
             self._constants.learn(user)
         self.edits += 1
+
+    def split(self, op: SplitSequence) -> None:
+        """Never asked: a torch graph has no sequences of tensors, so it offers none."""
+        raise AssertionError(f"{op} is no op of a torch graph")
 
     def erase(self, op: Op) -> None:
         self._erase_op(op)
