@@ -37,7 +37,19 @@ from fuser.graphs.onnx_sequences import split_sequence
 from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
 from fuser.neutral import MAY_CHANGE_NOTHING, handed_on
-from fuser.ops import Constant, Conv, Dead, Duplicate, DuplicateConstant, Identity, Linear, Movement, Op, SplitSequence, Value
+from fuser.ops import (
+    Constant,
+    Conv,
+    Dead,
+    Duplicate,
+    DuplicateConstant,
+    Identity,
+    Linear,
+    Movement,
+    Op,
+    SplitSequence,
+    Value,
+)
 from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
