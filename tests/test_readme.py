@@ -84,3 +84,15 @@ def test_the_python_of_the_readme_runs(folder: Path, monkeypatch: pytest.MonkeyP
     exec(code, names)
     assert isinstance(names["result"].model, type(exported))
     assert [remark.code for remark in names["result"].report.applied] == ["applied"]
+
+
+def test_the_export_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    (code,) = (block for block in blocks("python") if "fuser.export(" in block)
+    monkeypatch.chdir(tmp_path)
+    module = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3), torch.nn.BatchNorm2d(4))
+    names: dict[str, Any] = {"module": module, "x": torch.randn(2, 4, 8, 8)}
+    exec(code, names)
+    assert names["result"].report.verification.passed
+    assert op_types(onnx.load("exported.onnx").graph) == ["Conv"]
