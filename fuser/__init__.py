@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fuser.api import Result, bisect, explain, list_passes, optimize
     from fuser.bench import benchmark
     from fuser.errors import FuserError, InputError, PassError, VerificationError
+    from fuser.exporting import ExportReport, ExportResult, export
     from fuser.many import Outcome, optimize_many
     from fuser.proof import Verification, verify
     from fuser.report import Report
@@ -27,6 +28,9 @@ _HOMES = {
     "optimize_many": "fuser.many",
     "Outcome": "fuser.many",
     "explain": "fuser.api",
+    "export": "fuser.exporting",
+    "ExportReport": "fuser.exporting",
+    "ExportResult": "fuser.exporting",
     "list_passes": "fuser.api",
     "Result": "fuser.api",
     "Report": "fuser.report",
@@ -40,6 +44,8 @@ _HOMES = {
 }
 
 __all__ = [
+    "ExportReport",
+    "ExportResult",
     "FuserError",
     "InputError",
     "Outcome",
@@ -51,6 +57,7 @@ __all__ = [
     "benchmark",
     "bisect",
     "explain",
+    "export",
     "list_passes",
     "optimize",
     "optimize_many",

@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from fuser import registry
+from fuser import foreign, registry
 from fuser.errors import InputError
 from fuser.job import Check, Job, Passes, Progress
 from fuser.registry import PassInfo
@@ -49,6 +49,7 @@ def optimize(
     dynamic_shapes: Any = None,
     passes: Iterable[str] | None = None,
     skip: Iterable[str] = (),
+    then: Iterable[str] = (),
     freeze_inputs: bool = False,
     shared_weights: str = "copy",
     max_growth: int | None = None,
@@ -63,12 +64,14 @@ def optimize(
     """Optimize `model`; the same kind comes out as went in, and what went in is not changed.
 
     Args:
-        model: the path of an .onnx file, an onnx.ModelProto, a gs.Graph, a torch.nn.Module, a
-            torch.fx.GraphModule or a torch.export.ExportedProgram.  A module goes through torch.export where
-            `example_inputs` are given, and is traced where they are not.
+        model: the path of an .onnx file, an onnx.ModelProto, a gs.Graph, an onnx_ir.Model, a
+            torch.onnx.ONNXProgram, a torch.nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram.  A
+            module goes through torch.export where `example_inputs` are given, and is traced where they are not.
         output: where an ONNX model is written; for a path, `IN.fused.onnx` when omitted.
         example_inputs, example_kwargs, dynamic_shapes: as for `torch.export.export`.
         passes, skip: names of passes to run, in this order, and not to run; all by default.
+        then: optimizers of other people to run on the result, for ONNX models: onnxsim, onnxslim, onnxscript,
+            onnxruntime, or `module:function`; see `fuser.foreign`.  What fails the check is left out and named.
         freeze_inputs: treat initializers that are also graph inputs as constants, and drop those inputs.
         shared_weights: "copy" gives a rewritten layer its own copy of a weight that others use, "refuse" leaves
             such layers alone.
@@ -89,6 +92,7 @@ def optimize(
     _one_of("on_failure", on_failure, ("rollback", "abort"))
     _one_of("layout", layout, ("auto", "single", "external"))
     chosen = _select(passes, skip, shared_weights, max_growth)
+    steps = foreign.select(then)
     source = open_source(
         model,
         output,
@@ -100,6 +104,8 @@ def optimize(
         threshold=threshold,
     )
 
+    if steps and not source.is_onnx:
+        raise InputError("`then` is for ONNX models; use fuser.export, or optimize what torch.onnx.export made")
     with source, ExitStack() as stack:
         job = Job(source, chosen, progress)
         job.report.warnings += _set_aside(passes)
@@ -108,6 +114,7 @@ def optimize(
         job.rewrite()
         if verify:
             job.prove(check, abort=on_failure == "abort", whole=verify == "whole")
+        job.follow(steps, check if verify else None, whole=verify == "whole")
         return Result(job.finish(), job.report)
 
 

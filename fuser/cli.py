@@ -73,6 +73,9 @@ def optimize(
     json_lines: Annotated[bool, typer.Option("--json-lines", help="With --output-dir: a JSON line for each.")] = False,
     passes: Passes = None,
     skip: Skip = None,
+    then: Annotated[
+        str | None, typer.Option("--then", metavar="A,B", help="Other optimizers afterwards: onnxsim, onnxslim, ...")
+    ] = None,
     freeze_inputs: Freeze = False,
     shared_weights: Shared = "copy",
     max_growth: Growth = None,
@@ -114,6 +117,7 @@ def optimize(
         "max_growth": max_growth,
     }
     checking: dict[str, Any] = {
+        "then": _names(then) or (),
         "verify": False if no_verify else _VERIFY[verify],
         "on_failure": on_failure,
         "input_shapes": _shapes(input_shape),

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fuser import pipeline
 from fuser.errors import InputError, PassError, VerificationError
-from fuser.pipeline import Rewrite
-from fuser.remarks import Remark
+from fuser.foreign import Step
+from fuser.pipeline import PassRun, Rewrite
+from fuser.remarks import Missed, Remark
 from fuser.report import Report
 from fuser.rewrite import Contract, RewritePass
-from fuser.sources import Candidate, Source
+from fuser.sources import Candidate, OnnxSource, Source
 
 if TYPE_CHECKING:
     from fuser.proof import Verification
@@ -83,7 +84,7 @@ class Job:
         contract = Contract.EXACT if applied == {Contract.EXACT.value} else Contract.ROUNDING
         with self.stage("verify"):
             try:
-                verification = check(self._model(), contract)
+                verification = check(self.candidate.model, contract)
             except InputError as error:
                 if not self._source.may_lack_inputs:
                     raise
@@ -96,6 +97,52 @@ class Job:
                 self._leave_out(guilty, contract, check)
             else:
                 self._conclude(verification)
+
+    def follow(self, steps: Iterable[Step], check: Check | None, *, whole: bool) -> None:
+        """Let foreign optimizers have the result, one after the other; keep what each makes of it where it passes.
+
+        check: compares with the original; None keeps everything unseen.  Nothing of theirs was checked on windows,
+            so what cannot be compared is not kept, and a model over LARGE is left alone unless `whole` is set.
+        """
+        for step in steps:
+            with self.stage(step.name):
+                started = time.perf_counter()
+                remark = self._weigh(step, check, whole)
+            spent = time.perf_counter() - started
+            told = self.report.applied if remark.applied else self.report.missed
+            told.append(remark)
+            run = PassRun(step.name, Contract.ROUNDING.value, rounds=1, seconds=spent)
+            run.applied, run.missed = int(remark.applied), int(not remark.applied)
+            self.report.passes.append(run)
+
+    def _weigh(self, step: Step, check: Check | None, whole: bool) -> Remark:
+        """Take over what the step made, if it is right; the one remark of the step."""
+
+        def missed(code: str, reason: str, remedy: str = "") -> Remark:
+            return Remark(step.name, self._source.name, code, reason, remedy)
+
+        if check is not None and self.report.before.bytes > LARGE and not whole:
+            return missed("too-large", "the whole model would have to be run to check it", "--verify=whole runs it")
+        source = self._source
+        assert isinstance(source, OnnxSource)
+        made = source.after(step, self.candidate)
+        if isinstance(made, Missed):
+            return missed(made.code, made.reason, made.remedy)
+        before = self.report.after
+        try:
+            after = source.summary(made)
+            if after == before:
+                return missed("no-change", "its result has the same operators and as many parameters")
+            if check is not None:
+                verification = check(made.model, Contract.ROUNDING)
+                if not verification.passed:
+                    return missed("failed-verification", str(verification))
+                self.report.verification, self.report.unverified = verification, ""
+        except InputError as error:
+            return missed("failed", str(error))
+        self._candidate, self.report.after = made, after
+        counts = sum(before.ops.values()), sum(after.ops.values())
+        return Remark(step.name, self._source.name, "applied", f"{counts[0]} nodes became {counts[1]}")
 
     def first_wrong(self, check: Check) -> Remark | None:
         """The first rewrite after which the model is no longer equivalent; None where it is to the end.
@@ -115,9 +162,8 @@ class Job:
 
     def finish(self) -> Any:
         """Write what is to be written; the result as the user gets it."""
-        assert self._candidate is not None
         with self.stage("write"):
-            model, self.report.written = self._candidate.finish()
+            model, self.report.written = self.candidate.finish()
         return model
 
     @contextmanager
@@ -157,9 +203,11 @@ class Job:
             setattr(self.report, name, getattr(story, name))
         self._candidate = candidate
 
-    def _model(self) -> Any:
+    @property
+    def candidate(self) -> Candidate:
+        """The rewritten model as it stands."""
         assert self._candidate is not None
-        return self._candidate.model
+        return self._candidate
 
     # -- blame
 
@@ -189,7 +237,7 @@ class Job:
 
     def _leave_out(self, guilty: frozenset[Rewrite], contract: Contract, check: Check) -> None:
         self._keep(*self._attempt(self._passes, guilty))
-        verification = check(self._model(), contract)
+        verification = check(self.candidate.model, contract)
         if not verification.passed:
             raise VerificationError(f"the result is not equivalent to the original: {verification.reason}")
         for pass_name, site in sorted(guilty):

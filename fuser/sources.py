@@ -16,8 +16,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fuser import foreign
 from fuser.errors import InputError
-from fuser.graph import Graph
+from fuser.foreign import Step
+from fuser.graph import Graph, Summary
+from fuser.onnx_objects import in_memory, is_in_memory
+from fuser.remarks import Missed
 
 if TYPE_CHECKING:
     from fuser.files import ModelFile
@@ -125,34 +129,49 @@ class OnnxSource(Source):
     def candidate(self, graph: Any) -> Candidate:
         return _OnnxCandidate(self, graph)
 
-    def scratch(self) -> Path:
-        """A file to write a candidate to; it goes with the source."""
+    def scratch(self, name: str = "") -> Path:
+        """A folder for candidates; it goes with the source.  name: of a new folder in it."""
         self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="fuser-")
-        return Path(self._scratch.name) / "candidate.onnx"
+        return Path(tempfile.mkdtemp(prefix=name, dir=self._scratch.name)) if name else Path(self._scratch.name)
+
+    def summary(self, candidate: Any) -> Summary:
+        """What a candidate is made of."""
+        from fuser.graphs.onnx import OnnxGraph
+
+        return OnnxGraph(candidate.edited).summary()
+
+    def after(self, step: Step, candidate: Any) -> Candidate | Missed:
+        """What a foreign optimizer makes of a candidate."""
+        done = foreign.run(step, candidate.edited, self.scratch("step-"))
+        return done if isinstance(done, Missed) else _OnnxCandidate(self, done)
 
 
 class _OnnxCandidate(Candidate):
-    def __init__(self, source: OnnxSource, graph: Any) -> None:
-        self._source, self._graph = source, graph
+    """made: the graph, or a model that somebody else has made of it."""
+
+    def __init__(self, source: OnnxSource, made: Any) -> None:
+        self._source, self._made = source, made
 
     @cached_property
-    def _edited(self) -> ModelFile:
-        edited: ModelFile = self._graph.to_model()
-        return edited
+    def edited(self) -> ModelFile:
+        """The model to be written."""
+        from fuser.files import ModelFile
+
+        return self._made if isinstance(self._made, ModelFile) else self._made.to_model()
 
     @cached_property
     def model(self) -> Any:
         from fuser import files
 
         if self._source.hand_back is not None:
-            return self._edited.to_proto()
-        return files.save(self._edited, self._source.scratch()).path
+            return self.edited.to_proto()
+        return files.save(self.edited, self._source.scratch() / "candidate.onnx").path
 
     def finish(self) -> tuple[Any, list[str]]:
         source = self._source
-        written = source.destination.write(self._edited) if source.destination else []
+        written = source.destination.write(self.edited) if source.destination else []
         if source.hand_back is not None:
-            return source.hand_back(self._edited), written
+            return source.hand_back(self.edited), written
         return source.destination.path if source.destination else None, written
 
 
@@ -209,12 +228,13 @@ def open_source(
         path = Path(model)
         return _file(path, target or Destination(default_output(path), layout, threshold), freeze_inputs)
     kinds = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
-    if kinds & {"onnx.ModelProto", "onnx_graphsurgeon.Graph"}:
+    if is_in_memory(model):
         return _in_memory(model, target, freeze_inputs)
     if not kinds & {"torch.Module", "torch.ExportedProgram"}:
         raise InputError(
             f"cannot optimize a {type(model).__module__}.{type(model).__qualname__}; give the path of an .onnx file, "
-            "an onnx.ModelProto, a gs.Graph, a torch.nn.Module, a torch.fx.GraphModule or an ExportedProgram"
+            "an onnx.ModelProto, a gs.Graph, an onnx_ir.Model, a torch.onnx.ONNXProgram, a torch.nn.Module, "
+            "a torch.fx.GraphModule or an ExportedProgram"
         )
     if target is not None:
         raise InputError("`output` is for ONNX models; save the returned module with torch.save or torch.export.save")
@@ -233,22 +253,17 @@ def _file(path: Path, destination: Destination, freeze_inputs: bool) -> Source:
 
 
 def _in_memory(model: Any, destination: Destination | None, freeze_inputs: bool) -> Source:
-    import onnx
-
     from fuser.files import ModelFile
 
-    hand_back: Callable[[ModelFile], Any] = ModelFile.to_proto
-    name = model.name if not isinstance(model, onnx.ModelProto) else model.graph.name
-    if not isinstance(model, onnx.ModelProto):
-        import onnx_graphsurgeon as gs
-
-        model = gs.export_onnx(model)
-
-        def hand_back(done: ModelFile) -> Any:
-            return gs.import_onnx(done.to_proto())
-
+    opened = in_memory(model)
+    assert opened is not None
     return OnnxSource(
-        name or "model", model, lambda: ModelFile.from_proto(model), hand_back, destination, freeze_inputs
+        opened.name or "model",
+        opened.proto,
+        lambda: ModelFile.from_proto(opened.proto),
+        lambda done: opened.back(done.to_proto()),
+        destination,
+        freeze_inputs,
     )
 
 
@@ -268,7 +283,7 @@ def _torch(
         is_graph = isinstance(model, torch.fx.GraphModule)
         open_graph: Callable[[Any], Any] = TorchGraph.from_graph_module if is_graph else TorchGraph.from_module
         return TorchSource(name, model, lambda: open_graph(model), may_lack_inputs=example_inputs is None)
-    program = _export(model, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)
+    program = capture(model, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)
     return TorchSource(
         name,
         model,
@@ -286,13 +301,21 @@ def _module_of(program: Any, training: bool) -> Any:
     return module
 
 
-def _export(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
+def capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
+    """The module as an ExportedProgram; raises `InputError`, one line, where torch.export cannot make one.
+
+    As torch.onnx.export does, it is tried in strict mode where it does not work otherwise: there `torch.cond` is more
+    forgiving.
+    """
     import torch
 
-    try:
-        # It tells of its attempts on stderr; the error that matters is raised.
-        with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
-            return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes)
-    except Exception as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"torch.export cannot capture this {type(module).__name__}: {first}") from error
+    errors: list[Exception] = []
+    for strict in (False, True):
+        try:
+            # It tells of its attempts on stderr; the error that matters is raised.
+            with open(os.devnull, "w") as sink, contextlib.redirect_stderr(sink):
+                return torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=strict)
+        except Exception as error:
+            errors.append(error)
+    first = (str(errors[0]).strip().splitlines() or [type(errors[0]).__name__])[0]
+    raise InputError(f"torch.export cannot capture this {type(module).__name__}: {first}") from errors[0]

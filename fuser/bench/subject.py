@@ -16,6 +16,7 @@ from fuser.bench.costs import Costs, of_onnx, of_torch
 from fuser.bench.sampling import PATIENT
 from fuser.errors import InputError
 from fuser.isolate import Worker
+from fuser.onnx_objects import in_memory, is_in_memory
 from fuser.proof.inputs import Spec, generate
 from fuser.proof.interface import public_inputs
 from fuser.proof.sides import OnnxSide
@@ -66,14 +67,15 @@ def prepare(
 def _host(model: Any) -> str:
     if isinstance(model, (str, os.PathLike)):
         return "torch" if str(model).endswith(".pt2") else "onnx"
-    kinds = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
-    if kinds & {"onnx.ModelProto", "onnx_graphsurgeon.Graph"}:
+    if is_in_memory(model):
         return "onnx"
+    kinds = {f"{cls.__module__.split('.')[0]}.{cls.__name__}" for cls in type(model).__mro__}
     if kinds & {"torch.Module", "torch.ExportedProgram"}:
         return "torch"
     raise InputError(
         f"cannot benchmark a {type(model).__module__}.{type(model).__qualname__}; give a path of an .onnx or .pt2 "
-        "file, an onnx.ModelProto, a gs.Graph, a torch.nn.Module, a GraphModule or an ExportedProgram"
+        "file, an onnx.ModelProto, a gs.Graph, an onnx_ir.Model, a torch.onnx.ONNXProgram, a torch.nn.Module, "
+        "a GraphModule or an ExportedProgram"
     )
 
 
@@ -132,11 +134,9 @@ def _batch_sizes(specs: Sequence[Spec], batch: int | None) -> dict[str, int]:
 def _on_disk(model: Any, path: Path) -> Path:
     if isinstance(model, (str, os.PathLike)):
         return Path(model)
-    if type(model).__name__ == "Graph":
-        import onnx_graphsurgeon as gs
-
-        model = gs.export_onnx(model)
-    files.save(files.ModelFile.from_proto(model), path)
+    opened = in_memory(model)
+    assert opened is not None
+    files.save(files.ModelFile.from_proto(opened.proto), path)
     return path
 
 

@@ -57,8 +57,9 @@ def verify(
     """Compare `after` with `before`; neither is changed.
 
     Args:
-        before, after: paths of ONNX files, ModelProtos, torch modules, GraphModules or ExportedPrograms; torch may
-            be compared with ONNX, inputs and outputs then correspond by their order.
+        before, after: paths of ONNX files, ONNX models in memory (of the kinds that `optimize` takes), torch modules,
+            GraphModules or ExportedPrograms; torch may be compared with ONNX, inputs and outputs then correspond by
+            their order.
         example_inputs, example_kwargs: arguments for torch modules.
         inputs: data to compare on, instead of generated data: a path (.npz, .npy, a test_data_set folder), arrays
             by name, arrays in order, or a list of these.

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from fuser.isolate import Crashed, Raised, TimedOut, Worker, cores
+from fuser.onnx_objects import in_memory
 from fuser.proof.outcome import Failure, Outcome, first_line
 
 ONNX_RUNTIME = "fuser.proof.runners:run_onnx"
@@ -246,13 +247,15 @@ def _failure(error: Crashed | TimedOut | Raised) -> Failure:
 
 @contextlib.contextmanager
 def as_path(model: Any) -> Iterator[str]:
-    """The path of an ONNX file that holds `model`: a path as it is, a ModelProto in a temporary folder."""
+    """The path of an ONNX file that holds `model`: a path as it is, a model in memory in a temporary folder."""
     if isinstance(model, (str, os.PathLike)):
         yield os.fspath(model)
         return
     from fuser import files
 
+    opened = in_memory(model)
+    assert opened is not None
     with tempfile.TemporaryDirectory(prefix="fuser-") as folder:
         target = Path(folder) / "model.onnx"
-        files.save(files.ModelFile.from_proto(model), target)
+        files.save(files.ModelFile.from_proto(opened.proto), target)
         yield str(target)

@@ -16,6 +16,7 @@ import onnx
 from fuser import files
 from fuser.errors import InputError
 from fuser.isolate import Worker
+from fuser.onnx_objects import is_in_memory
 from fuser.proof import data, inputs
 from fuser.proof.inputs import InputSet, Sizes, Spec
 from fuser.proof.interface import compare_onnx, public_inputs
@@ -303,7 +304,8 @@ def open_sides(
         elif not any(kind.__module__.split(".")[0] == "torch" for kind in type(model).__mro__):
             raise InputError(
                 f"cannot verify a {type(model).__module__}.{type(model).__qualname__}; give the path of an .onnx file, "
-                "an onnx.ModelProto, a torch.nn.Module, a torch.fx.GraphModule or an ExportedProgram"
+                "an onnx.ModelProto, a gs.Graph, an onnx_ir.Model, a torch.onnx.ONNXProgram, a torch.nn.Module, "
+                "a torch.fx.GraphModule or an ExportedProgram"
             )
     if None in sides:
         from fuser.proof.torch_side import TorchSide, arguments_for
@@ -315,7 +317,7 @@ def open_sides(
 
 def is_onnx(model: Any) -> bool:
     """Whether `model` is a path or an ONNX model in memory."""
-    return isinstance(model, (str, os.PathLike, onnx.ModelProto))
+    return isinstance(model, (str, os.PathLike)) or is_in_memory(model)
 
 
 def _open_onnx(stack: ExitStack, model: Any) -> tuple[files.ModelFile, str]:
