@@ -254,6 +254,10 @@ class Constant(Op):
     elements_freed: int
 
 
+SMALL_CONSTANT = 1024
+"""Elements of a `Constant` that may be stored although what it feeds is too large to be."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dead(Op):
     """A node without side effects whose outputs nobody reads; no node for a constant that the model only stores."""

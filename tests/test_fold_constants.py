@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from fuser.passes.fold_constants import FoldConstants
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -59,6 +60,34 @@ def test_grows() -> None:
     assert len(fuser.explain(proto, passes=["fold-constants"], max_growth=159_996).applied) == 1
     assert len(fuser.explain(proto, passes=["fold-constants"], max_growth=159_995).applied) == 0
     assert op_types(applied(proto, FoldConstants(max_growth=10**6), bound=0).graph) == ["Add"]
+
+
+def test_small_values_behind_a_constant_that_stays_are_folded() -> None:
+    nodes = [
+        node("Neg", ["two"], ["half"]),
+        node("Range", ["zero", "end", "one"], ["many"]),
+        node("Add", ["half", "one"], ["rest"]),
+        node("Expand", ["rest", "shape"], ["b"]),
+        node("Add", ["b", "many"], ["c"]),
+        node("Add", ["x", "c"]),
+    ]
+    numbers = {"zero": 0, "one": 1, "two": 2, "end": 160_000}
+    tensors = {name: np.float32(value) for name, value in numbers.items()} | {"shape": np.array([4, 160_000])}
+    outcome, result = rewritten(model(nodes, constants=tensors, x=("N", 4, 160_000)), FOLD)
+    assert [remark.site for remark in outcome.applied] == ["add_rest"]
+    assert [remark.code for remark in outcome.missed] == ["grows"]
+    assert op_types(result.graph) == ["Range", "Expand", "Add", "Add"]
+
+    class Large(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rest = torch.ones(()) * -2 + 1
+            return x + rest.expand(4, 160_000) * torch.ones(160_000)
+
+    program = torch.export.export(Large().eval(), (torch.zeros(1, 4, 160_000),))
+    report = fuser.optimize(program, passes=["fold-constants"], verify=False).report
+    assert [remark.code for remark in report.missed] == ["grows"] and report.applied
+    again = fuser.optimize(fuser.optimize(program, verify=False).model, verify=False)
+    assert not again.report.applied
 
 
 def test_a_large_constant_made_of_a_large_constant_is_no_growth() -> None:

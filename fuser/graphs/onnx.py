@@ -38,6 +38,7 @@ from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtyp
 from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
 from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
+    SMALL_CONSTANT,
     AveragePool,
     Constant,
     Conv,
@@ -386,7 +387,10 @@ class OnnxGraph:
     # -- ops that are found, not read
 
     def _constant_ops(self) -> Iterator[Constant]:
-        """Nodes whose outputs are known, at the edge: what only feeds others of their kind goes with them."""
+        """Nodes whose outputs are known, at the edge: what only feeds others of their kind goes with them.
+
+        Where an edge stays, small values that feed it are the edge.
+        """
         for node in self.wiring.order:
             if self.wiring.is_erased(node) or any(self.wiring.public(output) for output in node.outputs):
                 continue
@@ -394,17 +398,39 @@ class OnnxGraph:
                 yield Constant(node, node.outputs[0], elements_freed=0, elements_made=target.size)
             if self.wiring.is_erased(node) or not self.known.is_foldable(node):
                 continue
-            if node.op == "Constant" and not self._holds_initializers(self.wiring.scope(node)):
-                continue
             readers = [reader for output in node.outputs for reader, _ in self.wiring.uses(output)]
             if all(self.known.is_foldable(reader) for reader in readers):
                 continue
-            try:
-                made = sum(self.known.evaluate(output).size for output in node.outputs if self.wiring.uses(output))
-            except CannotEvaluate:
-                continue
-            freed = made if node.op == "Constant" else self._freed(node.inputs, node)
-            yield Constant(node, node.outputs[0], elements_freed=freed, elements_made=made)
+            if (op := self._as_constant(node)) is not None:
+                yield op
+                if not self.wiring.is_erased(node):
+                    yield from self._small_constants_behind(node)
+
+    def _small_constants_behind(self, node: gs.Node) -> Iterator[Constant]:
+        pending, seen = [node], {id(node)}
+        while pending:
+            for tensor in list(pending.pop().inputs):
+                producer = self.producer(tensor)
+                if producer is None or id(producer) in seen or not self.known.is_foldable(producer):
+                    continue
+                seen.add(id(producer))
+                op = self._as_constant(producer)
+                if op is not None and op.elements_made <= SMALL_CONSTANT:
+                    yield op
+                if not self.wiring.is_erased(producer):
+                    pending.append(producer)
+
+    def _as_constant(self, node: gs.Node) -> Constant | None:
+        if node.op == "Constant" and not self._holds_initializers(self.wiring.scope(node)):
+            return None
+        if any(self.wiring.public(output) for output in node.outputs):
+            return None
+        try:
+            made = sum(self.known.evaluate(output).size for output in node.outputs if self.wiring.uses(output))
+        except CannotEvaluate:
+            return None
+        freed = made if node.op == "Constant" else self._freed(node.inputs, node)
+        return Constant(node, node.outputs[0], elements_freed=freed, elements_made=made)
 
     def _only_a_target(self, node: gs.Node) -> Array | None:
         """What may stand for the output of a node that only Reshapes read, as their target; see `reshape_target`."""

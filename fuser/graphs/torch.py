@@ -54,6 +54,7 @@ from fuser.graphs.torch_values import is_readable, to_array
 from fuser.graphs.torch_wiring import Wiring
 from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
+    SMALL_CONSTANT,
     AveragePool,
     Constant,
     Conv,
@@ -396,17 +397,38 @@ class TorchGraph:
     # -- ops that are found, not read
 
     def _constant_ops(self) -> Iterator[Constant]:
-        """Known nodes at the edge: what only feeds others of their kind goes with them."""
+        """Known nodes at the edge: what only feeds others of their kind goes with them.
+
+        Where an edge stays, small values that feed it are the edge.
+        """
         for node in self._wiring.alive():
-            if not self._is_expression(node) or _is_output(node):
+            if not self._is_expression(node) or all(self._constants.is_known(user) for user in node.users):
                 continue
-            if all(self._constants.is_known(user) for user in node.users):
-                continue
-            if self.repeated_matrix(node) is not None:  # a view costs nothing, and the product reads the matrix
-                continue
-            value = self._computed(node)
-            if value is not None:
-                yield Constant(node, node, elements_made=value.numel(), elements_freed=self._freed(node))
+            if (op := self._as_constant(node)) is not None:
+                yield op
+                if not self._wiring.is_erased(node):
+                    yield from self._small_constants_behind(node)
+
+    def _small_constants_behind(self, node: fx.Node) -> Iterator[Constant]:
+        pending, seen = [node], {node}
+        while pending:
+            for operand in pending.pop().all_input_nodes:
+                if operand in seen or not self._is_expression(operand):
+                    continue
+                seen.add(operand)
+                op = self._as_constant(operand)
+                if op is not None and op.elements_made <= SMALL_CONSTANT:
+                    yield op
+                if not self._wiring.is_erased(operand):
+                    pending.append(operand)
+
+    def _as_constant(self, node: fx.Node) -> Constant | None:
+        if _is_output(node) or self.repeated_matrix(node) is not None:  # such a view costs nothing
+            return None
+        value = self._computed(node)
+        if value is None:
+            return None
+        return Constant(node, node, elements_made=value.numel(), elements_freed=self._freed(node))
 
     def _freed(self, node: fx.Node) -> int:
         """How many elements of constants nobody reads any more once `node` is gone."""
