@@ -234,7 +234,7 @@ def _refuse(module: Any, options: Mapping[str, Any]) -> None:
 
 def _before(name: str, module: Any, program: Any) -> TorchSource:
     """The program, judged by the module it was captured from."""
-    from fuser.graphs.torch import TorchGraph
+    from fuser.graphs.torch.graph import TorchGraph
 
     return TorchSource(name, module, lambda: TorchGraph.from_exported_program(program), may_lack_inputs=False)
 

@@ -120,7 +120,7 @@ class OnnxSource(Source):
             self._scratch.cleanup()
 
     def graph(self) -> Graph:
-        from fuser.graphs.onnx import OnnxGraph
+        from fuser.graphs.onnx.graph import OnnxGraph
 
         graph = OnnxGraph(self._read(), freeze_inputs=self._freeze_inputs)
         self.removable_inputs = graph.removable_inputs
@@ -136,7 +136,7 @@ class OnnxSource(Source):
 
     def summary(self, candidate: Any) -> Summary:
         """What a candidate is made of."""
-        from fuser.graphs.onnx import OnnxGraph
+        from fuser.graphs.onnx.graph import OnnxGraph
 
         return OnnxGraph(candidate.edited).summary()
 
@@ -272,7 +272,7 @@ def _torch(
 ) -> Source:
     import torch
 
-    from fuser.graphs.torch import TorchGraph
+    from fuser.graphs.torch.graph import TorchGraph
 
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(example_inputs).__name__}")

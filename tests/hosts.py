@@ -13,7 +13,7 @@ from hosts_torch import Decomposed, Exported, Lifted, Traced
 from torch import nn
 
 from fuser.files import ModelFile
-from fuser.graphs.onnx import OnnxGraph
+from fuser.graphs.onnx.graph import OnnxGraph
 
 
 class Onnx:

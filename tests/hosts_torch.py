@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fuser.graphs.torch import TorchGraph
+from fuser.graphs.torch.graph import TorchGraph
 
 Inputs = tuple[torch.Tensor, ...]
 

@@ -11,7 +11,7 @@ from onnx.reference import ReferenceEvaluator
 
 from fuser import pipeline
 from fuser.files import ModelFile
-from fuser.graphs.onnx import OnnxGraph
+from fuser.graphs.onnx.graph import OnnxGraph
 from fuser.rewrite import RewritePass
 
 DOUBLE = onnx.TensorProto.DOUBLE

@@ -22,7 +22,7 @@ from fuser.absorb import moved_axis
 from fuser.affine import ChannelAffine
 from fuser.files import ModelFile
 from fuser.graph import Dim
-from fuser.graphs.onnx import OnnxGraph
+from fuser.graphs.onnx.graph import OnnxGraph
 from fuser.maps import Map
 
 FOLD = FoldBatchNorm()

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import fuser
 from fuser import pipeline
 from fuser.files import ModelFile
-from fuser.graphs.onnx import OnnxGraph
-from fuser.graphs.torch import TorchGraph
+from fuser.graphs.onnx.graph import OnnxGraph
+from fuser.graphs.torch.graph import TorchGraph
 
 Wiring = Callable[[Net, Tensor], Tensor]
 

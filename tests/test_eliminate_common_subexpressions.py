@@ -23,7 +23,7 @@ from rewriting import applied, refused, rewritten
 from torch import Tensor, nn
 
 from fuser import pipeline
-from fuser.graphs.torch import TorchGraph
+from fuser.graphs.torch.graph import TorchGraph
 
 ELIMINATE = EliminateCommonSubexpressions()
 

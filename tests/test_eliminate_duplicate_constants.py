@@ -14,7 +14,7 @@ from onnx_models import body, conv, model, node, op_types
 from rewriting import applied, refused, rewritten
 
 from fuser import files, pipeline
-from fuser.graphs.onnx import OnnxGraph
+from fuser.graphs.onnx.graph import OnnxGraph
 
 ELIMINATE = EliminateDuplicateConstants()
 

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from fuser import pipeline
 from fuser.files import ModelFile
-from fuser.graphs.onnx import OnnxGraph
-from fuser.graphs.torch import TorchGraph
+from fuser.graphs.onnx.graph import OnnxGraph
+from fuser.graphs.torch.graph import TorchGraph
 
 FOLD = FoldPad()
 RNG = np.random.default_rng(4)

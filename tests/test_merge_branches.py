@@ -179,7 +179,7 @@ def test_geometry(name: str) -> None:
 
 def _codes(proto: onnx.ModelProto) -> list[str]:
     from fuser.files import ModelFile
-    from fuser.graphs.onnx import OnnxGraph
+    from fuser.graphs.onnx.graph import OnnxGraph
 
     before = proto.SerializeToString(deterministic=True)
     graph = OnnxGraph(ModelFile.from_proto(proto))

@@ -21,7 +21,7 @@ from torch import nn
 
 import fuser
 from fuser import pipeline
-from fuser.graphs.torch import TorchGraph
+from fuser.graphs.torch.graph import TorchGraph
 
 MERGE = MergeLinears()
 PASSES = (EliminateIdentity(), FoldBatchNorm(), MERGE)

@@ -13,7 +13,7 @@ from onnx_models import model, node
 from fuser import pipeline, registry
 from fuser.errors import InputError, PassError
 from fuser.files import ModelFile
-from fuser.graphs.onnx import OnnxGraph
+from fuser.graphs.onnx.graph import OnnxGraph
 from fuser.ops import Dead, Elementwise, Identity
 from fuser.remarks import Missed
 from fuser.rewrite import RewritePass

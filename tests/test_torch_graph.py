@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 import fuser
 from fuser import ops
-from fuser.graphs.torch import TorchGraph
+from fuser.graphs.torch.graph import TorchGraph
 from fuser.remarks import Missed
 
 

@@ -13,7 +13,7 @@ from test_torch_graph import Fn, build, image, the
 from torch import Tensor, nn
 
 from fuser import ops
-from fuser.graphs.torch import TorchGraph
+from fuser.graphs.torch.graph import TorchGraph
 from fuser.remarks import Missed
 
 every_host = pytest.mark.parametrize("host", HOSTS, ids=lambda host: host.__name__)

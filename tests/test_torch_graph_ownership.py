@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import fuser
 from fuser import ops
 from fuser.errors import InputError
-from fuser.graphs.torch import TorchGraph
-from fuser.graphs.torch_copy import Copier
+from fuser.graphs.torch.copy import Copier
+from fuser.graphs.torch.graph import TorchGraph
 
 
 def small() -> nn.Module:

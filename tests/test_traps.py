@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 
 import fuser
 from fuser import pipeline, registry
-from fuser.graphs.torch import TorchGraph
+from fuser.graphs.torch.graph import TorchGraph
 
 
 class BatchNormAct(nn.BatchNorm2d):

@@ -34,7 +34,7 @@ class Costs:
 
 def of_onnx(model: ModelFile, path: Path, inputs: Mapping[str, Any]) -> Costs:
     """The costs of an ONNX model, with the arrays it is fed."""
-    from fuser.graphs.onnx import OnnxGraph
+    from fuser.graphs.onnx.graph import OnnxGraph
 
     shapes = {name: array.shape for name, array in inputs.items()}
     return _costs(OnnxGraph(model).summary(), file_bytes(model.proto, path), onnx_multiply_adds(model.proto, shapes))

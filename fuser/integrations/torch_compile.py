@@ -31,11 +31,11 @@ from torch._ops import HigherOrderOperator
 
 from fuser import registry
 from fuser.errors import InputError, PassError, VerificationError
-from fuser.graphs.torch import TorchGraph
-from fuser.graphs.torch_captured import is_number, is_parameter
-from fuser.graphs.torch_purity import may_be_written
-from fuser.graphs.torch_scopes import placeholders
-from fuser.graphs.torch_values import is_readable
+from fuser.graphs.torch.captured import is_number, is_parameter
+from fuser.graphs.torch.graph import TorchGraph
+from fuser.graphs.torch.purity import may_be_written
+from fuser.graphs.torch.scopes import placeholders
+from fuser.graphs.torch.values import is_readable
 from fuser.job import Job
 from fuser.report import Report
 from fuser.rewrite import Contract

@@ -8,8 +8,8 @@ import torch
 from torch import fx, nn
 
 from fuser.errors import InputError
-from fuser.graphs.torch_carriers import attribute
-from fuser.graphs.torch_copy import Copier
+from fuser.graphs.torch.carriers import attribute
+from fuser.graphs.torch.copy import Copier
 
 _HOOKS = (
     "_forward_hooks",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fuser.graphs.torch_carriers import attribute
+from fuser.graphs.torch.carriers import attribute
 
 
 class Scope:

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import fx, nn
 from torch._ops import OpOverload
 
-from fuser.graphs.torch_calls import signature
-from fuser.graphs.torch_purity import is_guard
-from fuser.graphs.torch_readers import SEVERAL_OUTPUTS
-from fuser.graphs.torch_scopes import Scope
+from fuser.graphs.torch.calls import signature
+from fuser.graphs.torch.purity import is_guard
+from fuser.graphs.torch.readers import SEVERAL_OUTPUTS
+from fuser.graphs.torch.scopes import Scope
 
 
 def name_sites(

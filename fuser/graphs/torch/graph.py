@@ -1,6 +1,6 @@
 """`Graph` over torch.fx: traced modules, `torch.export` graphs, decomposed ATen, and branches of `torch.cond`.
 
-The graph works on a copy that shares the memory of the user's tensors and nothing else (see `torch_copy`).  New
+The graph works on a copy that shares the memory of the user's tensors and nothing else (see `copy`).  New
 constants have names of their own, so loading an old state dict cannot silently undo an edit.
 """
 
@@ -17,19 +17,19 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from fuser.graph import Array, Dim, Reader, Summary
-from fuser.graphs.torch_calls import aten, bind, signature
-from fuser.graphs.torch_captured import CapturedCarrier
-from fuser.graphs.torch_carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
-from fuser.graphs.torch_constants import Constants
-from fuser.graphs.torch_copy import Copier
-from fuser.graphs.torch_costs import multiply_adds
-from fuser.graphs.torch_duplicates import duplicate_nodes
-from fuser.graphs.torch_facts import Facts, common_dtype
-from fuser.graphs.torch_meta import TensorLike, Values, have_one_layout, meta_tensor
-from fuser.graphs.torch_names import is_tuple, name_sites, operator_name
-from fuser.graphs.torch_operands import BiasAdd, as_parameter, factors, new_constant, set_operands
-from fuser.graphs.torch_padding import memory_formats, refusal, set_padding
-from fuser.graphs.torch_purity import (
+from fuser.graphs.torch.calls import aten, bind, signature
+from fuser.graphs.torch.captured import CapturedCarrier
+from fuser.graphs.torch.carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
+from fuser.graphs.torch.constants import Constants
+from fuser.graphs.torch.copy import Copier
+from fuser.graphs.torch.costs import multiply_adds
+from fuser.graphs.torch.duplicates import duplicate_nodes
+from fuser.graphs.torch.facts import Facts, common_dtype
+from fuser.graphs.torch.meta import TensorLike, Values, have_one_layout, meta_tensor
+from fuser.graphs.torch.names import is_tuple, name_sites, operator_name
+from fuser.graphs.torch.operands import BiasAdd, as_parameter, factors, new_constant, set_operands
+from fuser.graphs.torch.padding import memory_formats, refusal, set_padding
+from fuser.graphs.torch.purity import (
     can_be_dropped,
     is_fresh,
     is_guard,
@@ -39,7 +39,7 @@ from fuser.graphs.torch_purity import (
     operands,
     written_operands,
 )
-from fuser.graphs.torch_readers import (
+from fuser.graphs.torch.readers import (
     MODULE_READERS,
     READERS,
     Call,
@@ -49,9 +49,9 @@ from fuser.graphs.torch_readers import (
     Unreadable,
     module_class,
 )
-from fuser.graphs.torch_tracing import trace
-from fuser.graphs.torch_values import is_readable, to_array
-from fuser.graphs.torch_wiring import Wiring
+from fuser.graphs.torch.tracing import trace
+from fuser.graphs.torch.values import is_readable, to_array
+from fuser.graphs.torch.wiring import Wiring
 from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
     SMALL_CONSTANT,

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from fuser.graph import Array, Dim
-from fuser.graphs.onnx_values import Shape
+from fuser.graphs.onnx.values import Shape
 
 MAX_SIZES = 64
 """No operand that says a shape, axes or bounds has more elements."""

@@ -20,10 +20,10 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 from fuser import costs
 from fuser.files import ModelFile
 from fuser.graph import Array, Reader, Summary
-from fuser.graphs import onnx_carrier
-from fuser.graphs.onnx_duplicates import DuplicateConstants, duplicate_nodes
-from fuser.graphs.onnx_known import KnownValues, tensor_proto
-from fuser.graphs.onnx_readers import (
+from fuser.graphs.onnx import carrier
+from fuser.graphs.onnx.duplicates import DuplicateConstants, duplicate_nodes
+from fuser.graphs.onnx.known import KnownValues, tensor_proto
+from fuser.graphs.onnx.readers import (
     MEASURED,
     OLDEST_OPSET,
     OPERANDS,
@@ -33,9 +33,9 @@ from fuser.graphs.onnx_readers import (
     bias_add,
     bias_position,
 )
-from fuser.graphs.onnx_sequences import split_sequence
-from fuser.graphs.onnx_values import CannotEvaluate, Shape, elements, numpy_dtype
-from fuser.graphs.onnx_wiring import Scope, Wiring, initializer_names, is_standard
+from fuser.graphs.onnx.sequences import split_sequence
+from fuser.graphs.onnx.values import CannotEvaluate, Shape, elements, numpy_dtype
+from fuser.graphs.onnx.wiring import Scope, Wiring, initializer_names, is_standard
 from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
     SMALL_CONSTANT,
@@ -374,7 +374,7 @@ class OnnxGraph:
     def to_model(self) -> ModelFile:
         """Patch what changed into the model and return it; this graph is not to be used after that."""
         if any(scope.changed for scope in self.wiring.scopes):
-            onnx_carrier.patch(self._model.proto, self.wiring, self._origins, self._removed)
+            carrier.patch(self._model.proto, self.wiring, self._origins, self._removed)
         return self._model
 
     def _is_read_here(self, node: gs.Node) -> bool:

@@ -11,8 +11,8 @@ from google.protobuf.message import Message
 from onnx import AttributeProto, GraphProto, NodeProto
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from fuser.graphs.onnx_known import tensor_proto
-from fuser.graphs.onnx_wiring import Scope, Wiring
+from fuser.graphs.onnx.known import tensor_proto
+from fuser.graphs.onnx.wiring import Scope, Wiring
 
 ORIGIN = "fuser.folded"
 """The metadata key under which a node names what was folded into it."""

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fuser.graphs.torch_calls import bind, signature
-from fuser.graphs.torch_purity import is_known_function
-from fuser.graphs.torch_readers import CONVS, DROPOUTS, NORMS, POOLS
+from fuser.graphs.torch.calls import bind, signature
+from fuser.graphs.torch.purity import is_known_function
+from fuser.graphs.torch.readers import CONVS, DROPOUTS, NORMS, POOLS
 
 _KEEPING_MODULES = frozenset(
     {*CONVS, *NORMS, *POOLS, *DROPOUTS, nn.Linear, nn.Identity, nn.GroupNorm, nn.LayerNorm, nn.Upsample}

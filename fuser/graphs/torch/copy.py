@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from fuser.graphs.torch_values import alias
+from fuser.graphs.torch.values import alias
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

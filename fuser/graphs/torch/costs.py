@@ -9,12 +9,12 @@ import torch
 from torch import fx
 
 from fuser import costs
-from fuser.graphs.torch_calls import bind, signature
-from fuser.graphs.torch_wiring import Wiring
+from fuser.graphs.torch.calls import bind, signature
+from fuser.graphs.torch.wiring import Wiring
 from fuser.ops import Conv, Linear
 
 if TYPE_CHECKING:
-    from fuser.graphs.torch import TorchGraph
+    from fuser.graphs.torch.graph import TorchGraph
 
 _PRODUCTS = {
     "mm": ("self", "mat2"),

@@ -14,8 +14,8 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fuser.graphs.torch_purity import is_deterministic, written_operands
-from fuser.graphs.torch_values import is_readable
+from fuser.graphs.torch.purity import is_deterministic, written_operands
+from fuser.graphs.torch.values import is_readable
 
 MAX_ELEMENTS = 2**28
 """No expression of more elements is computed ahead: an `expand` can ask for more memory than there is."""

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fuser.graphs.torch_carriers import Carrier, attribute
-from fuser.graphs.torch_meta import Meta
-from fuser.graphs.torch_scopes import Scope, leave_out, pass_in, scopes
+from fuser.graphs.torch.carriers import Carrier, attribute
+from fuser.graphs.torch.meta import Meta
+from fuser.graphs.torch.scopes import Scope, leave_out, pass_in, scopes
 
 
 class Wiring:

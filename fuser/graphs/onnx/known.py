@@ -13,9 +13,9 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from fuser.files import ModelFile
 from fuser.graph import Array
-from fuser.graphs.onnx_readers import OLDEST_OPSET
-from fuser.graphs.onnx_sizes import MAX_SIZES, SizeArithmetic
-from fuser.graphs.onnx_values import (
+from fuser.graphs.onnx.readers import OLDEST_OPSET
+from fuser.graphs.onnx.sizes import MAX_SIZES, SizeArithmetic
+from fuser.graphs.onnx.values import (
     EVALUABLE,
     CannotEvaluate,
     Shape,
@@ -26,7 +26,7 @@ from fuser.graphs.onnx_values import (
     numpy_dtype,
     type_and_shape,
 )
-from fuser.graphs.onnx_wiring import Scope, Wiring, has_references, is_standard
+from fuser.graphs.onnx.wiring import Scope, Wiring, has_references, is_standard
 from fuser.remarks import Missed
 
 _FOLDABLE = EVALUABLE | {"Constant"}

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 
-from fuser.graphs.torch_purity import (
+from fuser.graphs.torch.purity import (
     Called,
     can_be_dropped,
     is_deterministic,

@@ -11,9 +11,9 @@ from onnx import AttributeProto, TensorProto
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from fuser.files import ModelFile
-from fuser.graphs.onnx_carrier import NOT_IN_EDITOR
-from fuser.graphs.onnx_known import KnownValues, tensor_proto
-from fuser.graphs.onnx_wiring import Wiring, is_standard
+from fuser.graphs.onnx.carrier import NOT_IN_EDITOR
+from fuser.graphs.onnx.known import KnownValues, tensor_proto
+from fuser.graphs.onnx.wiring import Wiring, is_standard
 
 T = TypeVar("T")
 

@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 from torch import fx
 
-from fuser.graphs.torch_calls import Signature, aten, signature, write
-from fuser.graphs.torch_copy import shallow
-from fuser.graphs.torch_wiring import Wiring
+from fuser.graphs.torch.calls import Signature, aten, signature, write
+from fuser.graphs.torch.copy import shallow
+from fuser.graphs.torch.wiring import Wiring
 from fuser.ops import AveragePool, Conv, MaxPool, Padding
 from fuser.remarks import Missed
 

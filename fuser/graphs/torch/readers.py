@@ -14,12 +14,12 @@ import torch
 from torch import fx, nn
 
 from fuser import ops
-from fuser.graphs.torch_calls import REQUIRED
-from fuser.graphs.torch_purity import has_hooks
+from fuser.graphs.torch.calls import REQUIRED
+from fuser.graphs.torch.purity import has_hooks
 from fuser.remarks import Missed
 
 if TYPE_CHECKING:
-    from fuser.graphs.torch import TorchGraph
+    from fuser.graphs.torch.graph import TorchGraph
 
 
 class Unreadable(Exception):

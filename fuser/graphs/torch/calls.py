@@ -31,7 +31,7 @@ class Parameter(NamedTuple):
 
 
 class Signature(NamedTuple):
-    """An operator: the name under which `torch_readers` knows it, and its parameters."""
+    """An operator: the name under which `readers` knows it, and its parameters."""
 
     name: str
     parameters: tuple[Parameter, ...]

@@ -12,16 +12,16 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from fuser.graph import Array
-from fuser.graphs.torch_calls import Signature, aten, bind, signature, write
-from fuser.graphs.torch_constants import Constants
-from fuser.graphs.torch_copy import shallow
-from fuser.graphs.torch_readers import MODULE_OPERANDS, OPERANDS
-from fuser.graphs.torch_values import to_array, to_tensor
-from fuser.graphs.torch_wiring import Wiring
+from fuser.graphs.torch.calls import Signature, aten, bind, signature, write
+from fuser.graphs.torch.constants import Constants
+from fuser.graphs.torch.copy import shallow
+from fuser.graphs.torch.readers import MODULE_OPERANDS, OPERANDS
+from fuser.graphs.torch.values import to_array, to_tensor
+from fuser.graphs.torch.wiring import Wiring
 from fuser.ops import Conv, Linear, Op
 
 if TYPE_CHECKING:
-    from fuser.graphs.torch import TorchGraph
+    from fuser.graphs.torch.graph import TorchGraph
 
 
 class BiasAdd(NamedTuple):

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, InputSpec, OutputSpec, TensorArgument
 
-from fuser.graphs.torch_copy import Copier
+from fuser.graphs.torch.copy import Copier
 
 
 class Carrier(Protocol):

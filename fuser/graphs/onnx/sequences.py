@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import onnx_graphsurgeon as gs
 
-from fuser.graphs.onnx_values import Shape
-from fuser.graphs.onnx_wiring import is_standard
+from fuser.graphs.onnx.values import Shape
+from fuser.graphs.onnx.wiring import is_standard
 from fuser.ops import SplitSequence
 from fuser.remarks import Missed
 
 if TYPE_CHECKING:
-    from fuser.graphs.onnx import OnnxGraph
+    from fuser.graphs.onnx.graph import OnnxGraph
 
 
 def split_sequence(graph: OnnxGraph, node: gs.Node) -> SplitSequence | None:

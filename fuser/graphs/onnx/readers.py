@@ -16,11 +16,11 @@ from onnx import TensorProto
 
 from fuser import ops
 from fuser.graph import Array, Dim
-from fuser.graphs.onnx_values import numpy_dtype
+from fuser.graphs.onnx.values import numpy_dtype
 from fuser.remarks import Missed
 
 if TYPE_CHECKING:
-    from fuser.graphs.onnx import OnnxGraph
+    from fuser.graphs.onnx.graph import OnnxGraph
 
 OLDEST_OPSET = 7
 """Before opset 7 broadcasting and BatchNormalization meant something else."""
