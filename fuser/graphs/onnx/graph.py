@@ -93,7 +93,7 @@ class OnnxGraph:
         self._removed = set() if formal or not freeze_inputs else backed
         self.removable_inputs = sorted(backed) if formal or freeze_inputs else []
 
-        self.wiring = Wiring(model.proto)
+        self.wiring = Wiring(model.proto, self._removed)
         self.known = KnownValues(model, self.wiring, set() if formal else backed, frozen=freeze_inputs)
         self._duplicate_constants = DuplicateConstants(model, self.wiring, self.known)
         self.wiring.scopes[0].changed = bool(self._removed)

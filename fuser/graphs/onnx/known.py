@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -144,20 +145,25 @@ class KnownValues:
         if isinstance(tensor, gs.Constant):
             return tuple(tensor.shape)
         inferred = self._inferred_shape(tensor)
-        if inferred is None:
-            inferred = self._reshaped(tensor)
+        if inferred is None or not all(isinstance(size, int) for size in inferred):
+            inferred = self._reshaped(tensor, inferred)
         if inferred is None and tensor in self:
             with contextlib.suppress(CannotEvaluate):
                 return tuple(self.evaluate(tensor).shape)
         return inferred
 
-    def _reshaped(self, tensor: gs.Tensor) -> Shape | None:
-        """What a Reshape to a known shape makes: inference does not see through how that shape is computed."""
+    def _reshaped(self, tensor: gs.Tensor, inferred: Shape | None) -> Shape | None:
+        """What a Reshape to a known shape makes: inference saw neither how that is computed nor what was since."""
         node = tensor.inputs[0] if tensor.inputs else None
         if node is None or node.op != "Reshape" or len(node.inputs) < 2 or not is_standard(node):
-            return None
+            return inferred
         target = self.value(node.inputs[1])
-        return None if isinstance(target, Missed) else tuple(int(n) if n > 0 else None for n in target)
+        if isinstance(target, Missed) or (inferred is not None and len(inferred) != target.size):
+            return inferred
+        source = self.shape(node.inputs[0])
+        told = _resized(source, target, allow_zero=bool(node.attrs.get("allowzero")))
+        here = inferred or (None,) * target.size
+        return tuple(b if isinstance(b, int) or a is None else a for a, b in zip(here, told, strict=True))
 
     def inherit(self, tensor: gs.Tensor, source: gs.Tensor) -> None:
         """`tensor` now holds what `source` held."""
@@ -368,3 +374,17 @@ def tensor_proto(tensor: gs.Constant) -> TensorProto | None:
     """The dense tensor in the carrier that GraphSurgeon's constant stands for; None for a sparse one."""
     values = tensor._values
     return values.tensor if isinstance(values, LazyValues) and not isinstance(values, SparseValues) else None
+
+
+def _resized(source: Shape | None, target: Array, *, allow_zero: bool) -> Shape:
+    """The shape that a Reshape of `source` to `target` makes: 0 copies a size, -1 is what the others leave."""
+    copies = [i for i, n in enumerate(target) if n == 0 and not allow_zero]
+    copied = (*(source or ()), *[None] * target.size)
+    told = [int(n) if n > 0 else copied[i] if i in copies else None for i, n in enumerate(target)]
+    open_ends = np.flatnonzero(target == -1)
+    if source is not None and open_ends.size == 1:
+        given = elements(tuple(size for i, size in enumerate(source) if i not in copies))
+        taken = math.prod(int(n) for n in target if n > 0)
+        if given is not None and given % taken == 0:
+            told[open_ends[0]] = given // taken
+    return tuple(told)

@@ -9,7 +9,7 @@ defines a name of an outer scope again is `frozen`, that is, left alone.
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,7 +85,7 @@ class Wiring:
     Raises `InputError` for a model that is not a graph: cyclic, or with a value produced twice.
     """
 
-    def __init__(self, model: onnx.ModelProto) -> None:
+    def __init__(self, model: onnx.ModelProto, dropped_inputs: Collection[str] = ()) -> None:
         with _quietly():
             self.editor = _import(model)
         self.scopes: list[Scope] = []
@@ -106,7 +106,7 @@ class Wiring:
             path = f"{proto.domain}:{proto.name}/" if proto.domain else f"{proto.name}/"
             self._register(Scope(path, proto, function, _opset(proto.opset_import) or main.opset))
         self.order = self._ordered()
-        self.unread = [gs.Variable(name) for name in _unread_initializers(model)]
+        self.unread = [gs.Variable(name) for name in _unread_initializers(model, dropped_inputs)]
 
     # -- reading
 
@@ -337,12 +337,13 @@ def initializer_names(graph: GraphProto) -> set[str]:
     return {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
 
 
-def _unread_initializers(model: onnx.ModelProto) -> list[str]:
+def _unread_initializers(model: onnx.ModelProto, dropped_inputs: Collection[str]) -> list[str]:
     if model.training_info:  # which names initializers, too
         return []
     graph = model.graph
     annotated = {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
-    needed = names_read(graph) | {info.name for info in graph.input} | annotated
+    given = {info.name for info in graph.input}.difference(dropped_inputs)
+    needed = names_read(graph) | given | annotated
     return [tensor.name for tensor in graph.initializer if tensor.name not in needed]
 
 
