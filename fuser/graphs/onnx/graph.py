@@ -59,6 +59,12 @@ from fuser.remarks import Missed
 
 O = TypeVar("O", bound=Op)  # noqa: E741
 
+KEEPS_RANK = frozenset(
+    "BatchNormalization InstanceNormalization Transpose Identity Dropout Cast Relu LeakyRelu Elu Sigmoid Tanh Clip Abs "
+    "Neg Exp Sqrt Erf Softmax".split()
+)
+"""Operators whose output has as many axes as their first operand; inference saw no Reshape that became known since."""
+
 _COUNTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 _NOT_COUNTED = frozenset(
     "LSTM GRU RNN Einsum Attention DeformConv ConvInteger MatMulInteger QLinearConv QLinearMatMul".split()
@@ -175,13 +181,19 @@ class OnnxGraph:
         return self.known.shape(value)
 
     def rank(self, value: Value) -> int | None:
-        producer = self.producer(value)
-        if producer is not None and producer.op in ("Conv", "ConvTranspose") and len(producer.inputs) > 1:
-            return self.rank(producer.inputs[1])  # ONNX has no unbatched convolution
-        if producer is not None and producer.op == "Gemm":
-            return 2
-        shape = self.known.shape(value)
-        return None if shape is None else len(shape)
+        while True:
+            producer = self.producer(value)
+            if producer is not None and producer.op in ("Conv", "ConvTranspose") and len(producer.inputs) > 1:
+                value = producer.inputs[1]  # ONNX has no unbatched convolution
+                continue
+            if producer is not None and producer.op == "Gemm":
+                return 2
+            shape = self.known.shape(value)
+            if shape is not None:
+                return len(shape)
+            if producer is None or producer.op not in KEEPS_RANK or not is_standard(producer):
+                return None
+            value = producer.inputs[0]
 
     def can_vanish(self, op: Op, by: Value) -> bool:
         return all(

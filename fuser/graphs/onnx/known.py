@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, GraphProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
@@ -292,8 +293,22 @@ class KnownValues:
     def _inferred(self) -> dict[int, tuple[int, Shape | None]]:
         if self._types is None:
             self._types = {}
-            self._collect(self._wiring.scopes[0], infer_shapes(self._model.proto).graph)
+            self._collect(self._wiring.scopes[0], infer_shapes(self._in_order).graph)
         return self._types
+
+    @cached_property
+    def _in_order(self) -> ModelProto:
+        """The model as inference needs it, which goes through the nodes once: each made before it is read."""
+        model, main = self._model.proto, self._wiring.scopes[0]
+        nodes = [self._wiring.proto(node) for node in self._wiring.order if self._wiring.scope(node) is main]
+        pairs = zip(nodes, model.graph.node, strict=False)
+        if main.children or all(node is None or node.output == other.output for node, other in pairs):
+            return model  # the scopes of bodies are in the order of their nodes
+        ordered = ModelProto()
+        ordered.CopyFrom(model)
+        del ordered.graph.node[:]
+        ordered.graph.node.extend(node for node in nodes if node is not None)
+        return ordered
 
     def _infer_further(self) -> None:
         """Infer shapes again with what was computed, until that tells nothing new.
@@ -311,7 +326,7 @@ class KnownValues:
             if not new_sizes and not new_shapes:
                 return
             sizes, shapes = sizes | new_sizes, shapes | new_shapes
-            self._collect(self._wiring.scopes[0], infer_shapes(self._model.proto, sizes, shapes).graph)
+            self._collect(self._wiring.scopes[0], infer_shapes(self._in_order, sizes, shapes).graph)
             for node in self._wiring.order:
                 self._classify(node)
 
