@@ -158,6 +158,8 @@ class OnnxGraph:
             return READERS[node.op][1](NodeReader(self, node, scope.opset))
         except Unreadable:
             return None
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+            return None  # not a legal node: an operand or an attribute is missing, or of another kind
 
     def op_producing(self, value: Value) -> Op | None:
         node = self.producer(value)
@@ -245,6 +247,8 @@ class OnnxGraph:
                 return None
             if node.op not in _COUNTED:
                 continue
+            if len(node.inputs) < 2 or not node.outputs:  # not a legal node
+                return None
             x, w, y = (costs.per_sample(self.known.shape(t), batch) for t in (*node.inputs[:2], node.outputs[0]))
             if x is None or w is None or y is None or self.wiring.scope(node) is not self.wiring.scopes[0]:
                 return None

@@ -125,6 +125,8 @@ class KnownValues:
                 pending.pop()
             elif isinstance(tensor, gs.Constant):
                 fresh[id(tensor)] = self._stored(tensor)
+            elif not tensor.inputs:
+                raise CannotEvaluate(f"nothing makes {tensor.name!r}")
             else:
                 node = tensor.inputs[0]
                 inputs = [self._operand(node, position, fresh) for position in range(len(node.inputs))]

@@ -59,7 +59,11 @@ def evaluate(
     """
     if node.op_type not in EVALUABLE:
         raise CannotEvaluate(f"{node.op_type} is not computed ahead of run time")
-    for shape in (*declared, _predicted_shape(node, inputs)):
+    try:
+        predicted = _predicted_shape(node, inputs)
+    except (IndexError, TypeError, ValueError) as error:
+        raise CannotEvaluate(f"{node.op_type} has operands that it cannot have") from error
+    for shape in (*declared, predicted):
         if shape is not None and elements(shape) is not None and elements(shape) > MAX_ELEMENTS:  # type: ignore[operator]
             raise CannotEvaluate(f"{node.op_type} would make {elements(shape):,} elements")
     feeds = {name: array for name, array in zip(node.input, inputs, strict=True) if array is not None}
