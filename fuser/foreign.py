@@ -6,7 +6,8 @@ Such a step takes a whole ONNX model and gives another.  It runs in a process of
 crash or a hang costs nothing but the step; its result is kept only where it is equivalent to the original, interface
 included.  Each step gets one remark: applied, with the node counts, or missed with one of the codes
     not-installed, crashed, timed-out, failed (it raised, or wrote no sound model), failed-verification (not equivalent,
-    or not comparable), too-large (to be compared without `verify="whole"`), no-change.
+    or not comparable), too-large (to be compared without `verify="whole"`, or for a step that writes one file),
+    no-change.
 The model's own metadata is put back first as it was, and so are imports of operator sets that were dropped.
 """
 
@@ -24,6 +25,9 @@ from fuser.remarks import Missed
 
 TIMEOUT = 600.0
 """Seconds that one step may take."""
+
+LIMIT = 2**31 - 1
+"""The bytes that one ONNX file can have."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def select(names: Iterable[str]) -> list[Step]:
         module, colon, function = name.partition(":")
         if name in STEPS:
             steps.append(STEPS[name])
-        elif colon and module and function:
+        elif colon and function and all(part.isidentifier() for part in module.split(".")):
             steps.append(Step(name, name, module.partition(".")[0]))
         else:
             raise InputError(
@@ -79,12 +83,16 @@ def run(step: Step, model: Any, folder: Path, timeout: float = TIMEOUT) -> Any:
     """
     from fuser import files
 
-    if importlib.util.find_spec(step.package) is None:
+    if not _is_installed(step.package):
         return Missed("not-installed", f"{step.package} cannot be imported", f"pip install {step.package}")
     source, target = folder / "in.onnx", folder / "out.onnx"
     with Worker() as worker:
         try:
-            files.save(model, source)
+            size = files.save(model, source).size
+            if size > LIMIT and step.name in STEPS:
+                return Missed(
+                    "too-large", f"the model takes {size / 1e9:.1f} GB; {step.name} writes one file, of 2 GB at most"
+                )
             worker.call(step.function, str(source), str(target), timeout=timeout)
             done = files.load(target)
         except TimedOut as error:
@@ -95,6 +103,13 @@ def run(step: Step, model: Any, folder: Path, timeout: float = TIMEOUT) -> Any:
             return Missed("failed", str(error).replace(str(folder), "..."))
     restore(model.proto, done.proto)
     return done
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # `__main__` of a script
+        return False
 
 
 def restore(before: Any, after: Any) -> None:
@@ -109,7 +124,7 @@ def restore(before: Any, after: Any) -> None:
     after.opset_import.extend(o for o in before.opset_import if (o.domain or "ai.onnx") not in imported)
 
 
-# -- run in the other process; each writes one file, so models over 2 GB are left as they are
+# -- run in the other process; each writes one file, so models over LIMIT are left as they are
 
 
 def onnxsim(source: str, target: str) -> None:

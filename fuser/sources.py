@@ -143,7 +143,18 @@ class OnnxSource(Source):
     def after(self, step: Step, candidate: Any) -> Candidate | Missed:
         """What a foreign optimizer makes of a candidate."""
         done = foreign.run(step, candidate.edited, self.scratch("step-"))
-        return done if isinstance(done, Missed) else _OnnxCandidate(self, done)
+        if isinstance(done, Missed):
+            return done
+        return _OnnxCandidate(self, self._laid_out_like(candidate.edited, done))
+
+    def _laid_out_like(self, before: ModelFile, after: ModelFile) -> ModelFile:
+        """`after`, its weights in a data file where those of `before` are: "auto" follows the model that was given."""
+        from fuser import files
+
+        if self.destination is None or after.is_external or not before.is_external:
+            return after
+        path, threshold = self.scratch("step-") / "external.onnx", self.destination.threshold
+        return files.load(files.save(after, path, layout="external", threshold=threshold).path)
 
 
 class _OnnxCandidate(Candidate):

@@ -42,6 +42,20 @@ def renames_the_input(source: str, target: str) -> None:
     onnx.save(model, target)
 
 
+def renames_the_initializers(source: str, target: str) -> None:
+    """Right, if of no use; it shows in the node that it adds."""
+    model = onnx.load(source)
+    graph = model.graph
+    names = {tensor.name: f"new_{tensor.name}" for tensor in graph.initializer}
+    for tensor in graph.initializer:
+        tensor.name = names[tensor.name]
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+    graph.node[-1].output[0] = "last"
+    graph.node.add(op_type="Identity", input=["last"], output=[graph.output[0].name])
+    onnx.save(model, target)
+
+
 def copies(source: str, target: str) -> None:
     onnx.save(onnx.load(source), target)
 

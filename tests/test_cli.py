@@ -164,6 +164,28 @@ def test_bench_measures_what_was_written(folder: Path, monkeypatch: pytest.Monke
     assert measured == [(folder / "net.onnx", str(folder / "net.fused.onnx"), 3.0)]
 
 
+TESTS = str(Path(__file__).parent)
+
+
+def test_optimizers_of_others_afterwards(tmp_path: Path) -> None:
+    nodes = [node("Identity", ["x"], ["i"]), conv("i"), batch_norm("c", "b"), node("Relu", ["b"])]
+    onnx.save(model(nodes, constants=conv_constants(), x=(1, 4, 8, 8)), tmp_path / "in.onnx")
+    steps = [f"foreign_steps:{name}" for name in ("drops_relu", "drops_identity", "dies")]
+    options = ["--passes", "fold-batch-norm", "--then", ",".join(steps)]
+    out, report = tmp_path / "out.onnx", tmp_path / "report.json"
+    done = fuser("optimize", tmp_path / "in.onnx", out, *options, "--report", report, "-v", PYTHONPATH=TESTS)
+    assert done.returncode == 0, done.stderr
+    assert op_types(onnx.load(out).graph) == ["Conv", "Relu"]  # without what the wrong one did
+    story = json.loads(report.read_text())
+    assert [(r["pass_name"], r["code"]) for r in story["missed"]] == [
+        (steps[0], "failed-verification"),
+        (steps[2], "crashed"),
+    ]
+    assert story["applied"][-1]["pass_name"] == steps[1]
+    assert all(step in done.stdout for step in steps)
+    assert "failed-verification" in done.stdout and "crashed" in done.stdout
+
+
 def test_passes_and_skip(folder: Path) -> None:
     done = fuser("optimize", folder / "net.onnx", "--skip", "fold-batch-norm")
     assert done.returncode == 0
@@ -244,6 +266,7 @@ def test_bad_input(command: str, case: str, folder: Path) -> None:
     [
         (["--passes", "fold-batchnorm"], "there is no pass 'fold-batchnorm'"),
         (["--skip", "nothing"], "there is no pass 'nothing'"),
+        (["--then", "onnx-sim"], "there is no step 'onnx-sim'"),
         (["--input-shape", "x=1,3"], "--input-shape takes NAME:1,3,224,224"),
         (["--on-failure", "ignore"], "on_failure is one of rollback, abort"),
         (["a.onnx", "b.onnx"], "give IN and OUT, or several models and --output-dir"),

@@ -29,6 +29,9 @@ pytest.importorskip("onnxscript")
 PLAIN = {"optimize": False}
 """For the exporter: leave the folding to us."""
 
+ONE = {"inputs": [X.numpy()]}
+"""For the check: one set of inputs is enough to tell right from wrong."""
+
 
 def test_a_module_in_eval_mode_becomes_a_verified_file(tmp_path: Path) -> None:
     module = net()
@@ -75,12 +78,12 @@ def constants(path: Path) -> list[np.ndarray]:
 def test_the_fold_in_torch_and_the_fold_in_onnx_are_the_same(tmp_path: Path) -> None:
     module = nn.Sequential(*net(), nn.ConvTranspose2d(6, 4, 3, groups=2), nn.BatchNorm2d(4)).eval()
     module[4].running_var.uniform_(0.5, 2)
-    fuser.export(module, (X,), tmp_path / "first.onnx", **PLAIN)
+    fuser.export(module, (X,), tmp_path / "first.onnx", verify=False, **PLAIN)
     raw = tmp_path / "raw.onnx"
     result = fuser.export(module, (X,), raw, passes=[], verify=False, **PLAIN)
     assert not result.report.applied
     assert op_types(onnx.load(raw).graph).count("BatchNormalization") == 2
-    fuser.optimize(raw, tmp_path / "second.onnx")
+    fuser.optimize(raw, tmp_path / "second.onnx", verify=False)
     first, second = tmp_path / "first.onnx", tmp_path / "second.onnx"
     assert op_types(onnx.load(first).graph) == op_types(onnx.load(second).graph)
     wanted = copy.deepcopy(module).double()
@@ -106,9 +109,30 @@ def test_keyword_arguments_hooks_and_integers(tmp_path: Path) -> None:
     module = Model().eval()
     module.net[0].register_forward_hook(lambda mod, args, out: out * 3)
     ids = torch.tensor([6, 2])
-    result = fuser.export(module, (X,), tmp_path / "net.onnx", example_kwargs={"ids": ids})
+    result = fuser.export(
+        module, (X,), tmp_path / "net.onnx", example_kwargs={"ids": ids}, inputs=[X.numpy(), ids.numpy()]
+    )
     assert result.report.verification.passed  # what the hook does is in the file
     assert "BatchNormalization" not in op_types(onnx.load(result.model).graph)
+
+
+def test_branches(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = net(), net()
+            self.other[0].weight.data *= 2
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cond(x.sum() > 0, lambda x: self.one(x), lambda x: self.other(x), (x,))
+
+    result = fuser.export(Model().eval(), (X,), tmp_path / "net.onnx", **ONE)
+    assert [(r.pass_name, r.code) for r in result.report.applied] == [("fold-batch-norm", "applied")] * 2
+    for found in (result.report.torch.verification, result.report.verification):
+        assert found.passed
+        assert found.truth == "float64"  # torch compiles a branch of its own accord; in float64 it is run as it stands
+    (branching,) = (n for n in onnx.load(result.model).graph.node if n.op_type == "If")
+    assert [op_types(attribute.g) for attribute in branching.attribute] == [["Conv", "Relu"]] * 2
 
 
 class Wrong(RewritePass[BatchNorm, BatchNorm]):
@@ -131,7 +155,7 @@ def wrong(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_wrong_rewrite_is_left_out_of_both_stages_and_named(tmp_path: Path, wrong: None) -> None:
-    result = fuser.export(net(), (X,), tmp_path / "net.onnx", **PLAIN)
+    result = fuser.export(net(), (X,), tmp_path / "net.onnx", **PLAIN, **ONE)
     assert "BatchNormalization" in op_types(onnx.load(result.model).graph)
     assert [warning.split(" was ")[0].split(" @ ")[0] for warning in result.report.warnings] == ["wrong", "wrong"]
     assert {remark.code for remark in result.report.missed} == {"rolled-back"}
@@ -158,7 +182,7 @@ def test_a_wrong_exporter_is_found_out(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(exporting, "_to_onnx", spoiled)
     with pytest.raises(VerificationError, match=r"torch\.onnx\.export's own file is not"):
-        fuser.export(net(), (X,), tmp_path / "net.onnx")
+        fuser.export(net(), (X,), tmp_path / "net.onnx", **ONE)
     assert not list(tmp_path.iterdir())
 
 
@@ -188,7 +212,8 @@ def test_what_is_no_module() -> None:
 
 
 def test_external_data_on_request(tmp_path: Path) -> None:
-    result = fuser.export(net(), (X,), tmp_path / "net.onnx", layout="external", threshold=0, opset_version=18)
+    options = {"layout": "external", "threshold": 0, "opset_version": 18}
+    result = fuser.export(net(), (X,), tmp_path / "net.onnx", verify=False, **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]
     model = load(result.model)
     assert model.is_external

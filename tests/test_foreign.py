@@ -14,6 +14,7 @@ from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
 import fuser
 from fuser import foreign
 from fuser.errors import InputError
+from fuser.files import load
 
 NODES = [node("Identity", ["x"], ["i"]), conv("i"), batch_norm("c", "b"), node("Relu", ["b"])]
 NET = model(NODES, constants=conv_constants(), x=("N", 4, 8, 8), doc_string="what it is", producer_name="me")
@@ -84,8 +85,37 @@ def test_one_that_is_not_installed() -> None:
     assert "pip install no_such_package" in remark.remedy
 
 
+def external(folder: Path) -> Path:
+    path = folder / "net.onnx"
+    onnx.save(copy.deepcopy(NET), path, save_as_external_data=True, size_threshold=0, location="net.data")
+    return path
+
+
+@pytest.mark.parametrize(("layout", "is_external"), [("auto", True), ("single", False)])
+def test_external_data_stays_external(layout: str, is_external: bool, tmp_path: Path) -> None:
+    steps = ["foreign_steps:drops_identity", "foreign_steps:renames_the_initializers"]
+    result = optimized(*steps, given=external(tmp_path), layout=layout, threshold=16)
+    assert [r.pass_name for r in result.report.applied] == ["fold-batch-norm", *steps]
+    done = load(result.model)
+    assert done.is_external == is_external
+    assert [Path(path).name for path in result.report.written] == ["net.fused.onnx", "net.fused.onnx.data"][
+        : 1 + is_external
+    ]
+    assert op_types(done.proto.graph) == ["Conv", "Relu", "Identity"]
+    assert fuser.verify(NET, result.model).passed
+
+
+def test_a_model_that_no_single_file_can_hold_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(foreign, "LIMIT", 500)
+    result = optimized("onnxruntime", "foreign_steps:drops_identity", given=external(tmp_path))
+    (remark,) = result.report.missed
+    assert (remark.pass_name, remark.code) == ("onnxruntime", "too-large")
+    assert remark.reason.endswith("onnxruntime writes one file, of 2 GB at most")
+    assert result.report.applied[-1].pass_name == "foreign_steps:drops_identity"  # what may write as it likes may try
+
+
 def test_names_that_are_no_step() -> None:
-    for bad in (["onnx-sim"], ["foreign_steps:"], "onnxsim"):
+    for bad in (["onnx-sim"], ["foreign_steps:"], [".foreign_steps:copies"], [":copies"], "onnxsim"):
         with pytest.raises(InputError):
             fuser.optimize(NET, then=bad)
     with pytest.raises(InputError, match="for ONNX models"):
@@ -97,10 +127,7 @@ def test_those_that_are_known(name: str, tmp_path: Path) -> None:
     step = foreign.STEPS[name]
     if importlib.util.find_spec(step.package) is None:
         pytest.skip(f"{step.package} is not installed")
-    onnx.save(
-        copy.deepcopy(NET), tmp_path / "net.onnx", save_as_external_data=True, size_threshold=0, location="net.data"
-    )
-    result = optimized(name, given=tmp_path / "net.onnx", threshold=0)
+    result = optimized(name, given=external(tmp_path), threshold=0)
     (remark,) = (r for r in [*result.report.applied, *result.report.missed] if r.pass_name == name)
     assert remark.code == "applied", remark
     done = onnx.load(result.model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -18,7 +19,9 @@ _LOW = {torch.float32, torch.float16, torch.bfloat16}
 
 
 class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operators see float64 tensors and float64 as the type to compute in."""
+    """Operators see float64 tensors and float64 as the type to compute in; so do those in a branch of `torch.cond`."""
+
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -28,7 +31,20 @@ class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is torch.ops.aten._assert_tensor_metadata.default:
             return None  # it would object to the wider type
         args, kwargs = tree_map(widen, (args, kwargs or {}))
+        if isinstance(func, HigherOrderOperator):
+            args, kwargs = tree_map(self._within, (args, kwargs))
         return tree_map(_widen_tensor, func(*args, **kwargs))
+
+    def _within(self, value: Any) -> Any:
+        """A function that runs under this mode, which is off while it dispatches; anything else as it is."""
+        if not callable(value) or isinstance(value, torch.Tensor):
+            return value
+
+        def function(*args: Any) -> Any:
+            with self:
+                return value(*args)
+
+        return function
 
 
 def widen(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ class TorchRunner:
         try:
             with torch.no_grad(), torch.random.fork_rng(), torch.autocast("cpu", enabled=False), _undisturbed(module):
                 torch.manual_seed(seed)
-                with InFloat64() if wide else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+                with _in_float64() if wide else contextlib.nullcontext():
                     returned = module(*args, **kwargs)
         except Exception as error:
             return Failure("refused", first_line(error))
@@ -212,6 +213,17 @@ def _from_metadata(module: torch.fx.GraphModule) -> tuple[Any, ...] | None:
             else torch.zeros(value.shape, dtype=value.dtype)
         )
     return tuple(examples)
+
+
+@contextlib.contextmanager
+def _in_float64() -> Iterator[None]:
+    """The mode of that name, which no compiler can see through: `torch.cond` and its like call one of their own accord.
+
+    They have done so before, on the examples; a compiler that is not loaded by now is none that has to be held back.
+    """
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with eager, InFloat64():  # type: ignore[no-untyped-call]
+        yield
 
 
 @contextlib.contextmanager
