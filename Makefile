@@ -11,7 +11,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python benchmarks/demo.py
 
 test: $(VENV)/.test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -479,7 +479,7 @@ CASES: dict[str, Padded] = {
         ),
         IMAGE,
         {"applied": 1},
-        {"Traced": {"shared-output": 1}, ON_ONNX: {"shared-output": 1}},
+        {"Traced": {"shared-output": 1}},
     ),
 }
 
