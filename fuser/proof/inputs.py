@@ -269,11 +269,11 @@ def _evaluate(tree: ast.AST, sizes: Sizes) -> int:
 def _value(spec: Spec, sizes: Sizes, kind: str, rng: np.random.Generator) -> Any:
     shape = tuple(_size(dim, sizes) for dim in spec.dims or [])
     if spec.container == "sequence":
-        return [_tensor(spec, shape, kind, rng) for _ in range(2)]
-    return _tensor(spec, shape, kind, rng)
+        return [np.asarray(_tensor(spec, shape, kind, rng)) for _ in range(2)]
+    return np.asarray(_tensor(spec, shape, kind, rng))  # without axes numpy gives scalars, which no runtime must take
 
 
-def _tensor(spec: Spec, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> Array:
+def _tensor(spec: Spec, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> Any:
     hint, dtype, name = spec.hint, spec.dtype, spec.name.lower()
     if dtype.kind == "O" or dtype.kind in "SU":
         return np.asarray(rng.choice(hint.words or _WORDS, shape), object)
