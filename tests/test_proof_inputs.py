@@ -43,6 +43,11 @@ def test_a_scalar_is_an_array_without_axes(dtype: str) -> None:
     assert isinstance(value, np.ndarray) and value.shape == ()
 
 
+def test_sizes_beyond_memory_are_bad_input() -> None:
+    with pytest.raises(InputError, match="do not fit into memory"):
+        values("g (float[N,1000000] x) => (float[N,1000000] y) { y = Relu (x) }", N=10**11)
+
+
 def test_kinds() -> None:
     text = "g (float[2000] x, bfloat16[2000] h) => (float[2000] y) { y = Relu (x) }"
     by_kind = {kind: values(text, kind) for kind in KINDS}

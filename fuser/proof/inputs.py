@@ -119,9 +119,15 @@ def more_sizes(specs: Sequence[Spec], base: Sizes) -> Iterator[dict[str, int]]:
 
 
 def generate(specs: Sequence[Spec], sizes: Sizes, kind: str, seed: int) -> InputSet:
-    """A set of inputs of one kind; the same arguments give the same values."""
+    """A set of inputs of one kind; the same arguments give the same values.
+
+    Raises `InputError` where the sizes that were asked for do not fit into memory.
+    """
     rng = np.random.default_rng([seed, KINDS.index(kind)])
-    values = tuple(_value(spec, sizes, kind, rng) for spec in specs)
+    try:
+        values = tuple(_value(spec, sizes, kind, rng) for spec in specs)
+    except MemoryError as error:
+        raise InputError(f"inputs of these sizes do not fit into memory: {error}") from error
     where = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
     return InputSet(f"{kind} (seed {seed}{', ' + where if where else ''})", values)
 
