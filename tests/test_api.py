@@ -159,3 +159,11 @@ def test_an_output_is_for_onnx_models(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"torch\.export\.save"):
         fuser.optimize(net(), tmp_path / "out.onnx", example_inputs=(X,))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_whose_weights_must_be_listed_as_inputs_is_folded() -> None:
+    constants = conv_constants()
+    old = model([conv(), batch_norm()], constants=constants, also_inputs=list(constants), opset=7, ir_version=3)
+    result = fuser.optimize(old)
+    assert op_types(result.model.graph) == ["Conv"]
+    assert fuser.verify(old, result.model).passed

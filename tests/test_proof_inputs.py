@@ -36,6 +36,18 @@ def test_shapes_types_and_seeds() -> None:
     assert np.array_equal(values(text, N=5)[0], x) and not np.array_equal(values(text, seed=1, N=5)[0], x)
 
 
+@pytest.mark.parametrize("dtype", ["bool", "float", "float16", "int64", "int8", "string"])
+def test_a_scalar_is_an_array_without_axes(dtype: str) -> None:
+    """ONNX Runtime takes no `numpy.bool`: a model with a flag would reject everything."""
+    (value,) = values(f"g ({dtype}[] x) => ({dtype}[] y) {{ y = Identity (x) }}")
+    assert isinstance(value, np.ndarray) and value.shape == ()
+
+
+def test_sizes_beyond_memory_are_bad_input() -> None:
+    with pytest.raises(InputError, match="do not fit into memory"):
+        values("g (float[N,1000000] x) => (float[N,1000000] y) { y = Relu (x) }", N=10**11)
+
+
 def test_kinds() -> None:
     text = "g (float[2000] x, bfloat16[2000] h) => (float[2000] y) { y = Relu (x) }"
     by_kind = {kind: values(text, kind) for kind in KINDS}

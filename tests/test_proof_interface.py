@@ -105,3 +105,20 @@ def test_sequences_keep_the_type_of_their_items() -> None:
         one.graph.output[0].type.sequence_type.elem_type.tensor_type.elem_type = element
     assert compare_onnx(before, after) == ["output 'y': its type was float and is int64"]
     assert compare_onnx(model(), after) == ["output 'y': it was a tensor and is a sequence"]
+
+
+def test_before_ir_4_an_initializer_is_no_input_of_a_caller() -> None:
+    before, folded = model(), model()
+    before.ir_version = folded.ir_version = 3
+    folded.graph.initializer[0].name = folded.graph.input[2].name = "w_folded"
+    assert compare_onnx(before, folded) == []
+    later = model()
+    later.graph.input.pop()
+    assert compare_onnx(before, later) == []
+    folded.graph.initializer.pop()
+    assert compare_onnx(before, folded) == ["input 'w_folded' is new"]
+    constant = model()
+    constant.ir_version = 3
+    constant.graph.initializer.add(name="x", data_type=onnx.TensorProto.FLOAT, dims=[0])
+    constant.graph.input.pop(0)
+    assert compare_onnx(before, constant) == ["input 'x' is missing"]

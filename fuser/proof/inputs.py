@@ -119,9 +119,15 @@ def more_sizes(specs: Sequence[Spec], base: Sizes) -> Iterator[dict[str, int]]:
 
 
 def generate(specs: Sequence[Spec], sizes: Sizes, kind: str, seed: int) -> InputSet:
-    """A set of inputs of one kind; the same arguments give the same values."""
+    """A set of inputs of one kind; the same arguments give the same values.
+
+    Raises `InputError` where the sizes that were asked for do not fit into memory.
+    """
     rng = np.random.default_rng([seed, KINDS.index(kind)])
-    values = tuple(_value(spec, sizes, kind, rng) for spec in specs)
+    try:
+        values = tuple(_value(spec, sizes, kind, rng) for spec in specs)
+    except MemoryError as error:
+        raise InputError(f"inputs of these sizes do not fit into memory: {error}") from error
     where = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
     return InputSet(f"{kind} (seed {seed}{', ' + where if where else ''})", values)
 
@@ -269,11 +275,11 @@ def _evaluate(tree: ast.AST, sizes: Sizes) -> int:
 def _value(spec: Spec, sizes: Sizes, kind: str, rng: np.random.Generator) -> Any:
     shape = tuple(_size(dim, sizes) for dim in spec.dims or [])
     if spec.container == "sequence":
-        return [_tensor(spec, shape, kind, rng) for _ in range(2)]
-    return _tensor(spec, shape, kind, rng)
+        return [np.asarray(_tensor(spec, shape, kind, rng)) for _ in range(2)]
+    return np.asarray(_tensor(spec, shape, kind, rng))  # without axes numpy gives scalars, which no runtime must take
 
 
-def _tensor(spec: Spec, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> Array:
+def _tensor(spec: Spec, shape: tuple[int, ...], kind: str, rng: np.random.Generator) -> Any:
     hint, dtype, name = spec.hint, spec.dtype, spec.name.lower()
     if dtype.kind == "O" or dtype.kind in "SU":
         return np.asarray(rng.choice(hint.words or _WORDS, shape), object)

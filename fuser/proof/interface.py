@@ -11,13 +11,17 @@ from typing import Any
 
 import onnx
 
+_OVERRIDING_SINCE_IR = 4
+"""Before, every initializer had to be listed as an input, and was a constant all the same."""
+
 
 def compare_onnx(before: onnx.ModelProto, after: onnx.ModelProto, removed_inputs: Collection[str] = ()) -> list[str]:
     """What the interface of `before` has and that of `after` has not; empty when nothing is lost.
 
     removed_inputs: inputs that are allowed to be missing.
     """
-    problems = list(_values("input", before.graph.input, after.graph.input, set(removed_inputs)))
+    unasked = (_formal_inputs(before) | _formal_inputs(after)) - {value.name for value in public_inputs(before.graph)}
+    problems = list(_values("input", before.graph.input, after.graph.input, {*removed_inputs, *unasked}))
     problems += _values("output", before.graph.output, after.graph.output, set())
     problems += _defaults(before.graph, after.graph)
     problems += _model(before, after)
@@ -28,6 +32,13 @@ def public_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     """The inputs that a caller must give: those without a default value."""
     known = {tensor.name for tensor in graph.initializer} | {tensor.values.name for tensor in graph.sparse_initializer}
     return [value for value in graph.input if value.name not in known]
+
+
+def _formal_inputs(model: onnx.ModelProto) -> set[str]:
+    """Initializers that are listed as inputs only because the format wants it: no caller can give them."""
+    if model.ir_version >= _OVERRIDING_SINCE_IR:
+        return set()
+    return {value.name for value in model.graph.input} - {value.name for value in public_inputs(model.graph)}
 
 
 def _values(
