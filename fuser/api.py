@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from fuser import foreign, registry
 from fuser.errors import InputError
@@ -53,7 +53,7 @@ def optimize(
     freeze_inputs: bool = False,
     shared_weights: str = "copy",
     max_growth: int | None = None,
-    verify: bool | Literal["whole"] = True,
+    verify: bool | str = True,
     on_failure: str = "rollback",
     inputs: Any = None,
     input_shapes: Mapping[str, Sequence[int]] | None = None,
@@ -91,6 +91,7 @@ def optimize(
     """
     _one_of("on_failure", on_failure, ("rollback", "abort"))
     _one_of("layout", layout, ("auto", "single", "external"))
+    verify = _as_verify(verify)
     chosen = _select(passes, skip, shared_weights, max_growth)
     steps = foreign.select(then)
     source = open_source(
@@ -233,6 +234,14 @@ def _check(
         )
 
     return check
+
+
+def _as_verify(verify: bool | str) -> bool | str:
+    """The words of the command line are understood, too."""
+    asked = {"auto": True, "none": False}.get(verify, verify) if isinstance(verify, str) else verify
+    if asked not in (True, False, "whole"):
+        raise InputError(f"verify is True, False or 'whole'; not {verify!r}")
+    return asked
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

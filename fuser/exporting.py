@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from fuser.api import _check, _one_of, _select
+from fuser.api import _as_verify, _check, _one_of, _select
 from fuser.errors import InputError, VerificationError
 from fuser.job import LARGE, UNVERIFIABLE, Check, Job, Progress
 from fuser.remarks import Remark
@@ -138,7 +138,7 @@ def export(
     skip: Iterable[str] = (),
     shared_weights: str = "copy",
     max_growth: int | None = None,
-    verify: bool | Literal["whole"] = True,
+    verify: bool | str = True,
     on_failure: str = "rollback",
     inputs: Any = None,
     layout: Layout = "auto",
@@ -176,6 +176,7 @@ def export(
     """
     _one_of("on_failure", on_failure, ("rollback", "abort"))
     _one_of("layout", layout, ("auto", "single", "external"))
+    verify = _as_verify(verify)
     _refuse(module, export_options)
     chosen = _select(passes, skip, shared_weights, max_growth)
     if not isinstance(example_inputs, (tuple, list)):

@@ -94,7 +94,7 @@ class Job:
             if len(applied) > 1:
                 guilty |= self._guilty_of_exact(check, abort=abort)
             if guilty:
-                self._leave_out(guilty, contract, check)
+                self._leave_out(guilty, contract, check, verification.reason or "it does not keep its bits")
             else:
                 self._conclude(verification)
 
@@ -235,14 +235,14 @@ class Job:
         verification = check(candidate.model, Contract.EXACT)
         return self._guilty(exact, Contract.EXACT, check, verification, abort=abort)
 
-    def _leave_out(self, guilty: frozenset[Rewrite], contract: Contract, check: Check) -> None:
+    def _leave_out(self, guilty: frozenset[Rewrite], contract: Contract, check: Check, why: str) -> None:
         self._keep(*self._attempt(self._passes, guilty))
         verification = check(self.candidate.model, contract)
         if not verification.passed:
             raise VerificationError(f"the result is not equivalent to the original: {verification.reason}")
         for pass_name, site in sorted(guilty):
             self.report.warnings.append(
-                f"{pass_name} @ {site} was left out: with it the model is not equivalent to the original"
+                f"{pass_name} @ {site} was left out: with it the model is not equivalent to the original ({why})"
             )
         self._conclude(verification)
 

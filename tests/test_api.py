@@ -167,3 +167,11 @@ def test_a_model_whose_weights_must_be_listed_as_inputs_is_folded() -> None:
     result = fuser.optimize(old)
     assert op_types(result.model.graph) == ["Conv"]
     assert fuser.verify(old, result.model).passed
+
+
+def test_verify_takes_the_words_of_the_command_line() -> None:
+    proto = model([conv(), batch_norm("c")], constants=conv_constants())
+    assert fuser.optimize(proto, verify="none").report.verification is None
+    assert fuser.optimize(proto, verify="auto").report.verification.passed
+    with pytest.raises(InputError, match="verify is True, False or 'whole'; not 'never'"):
+        fuser.optimize(proto, verify="never")

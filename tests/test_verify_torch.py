@@ -15,6 +15,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+import fuser
 from fuser.errors import InputError
 from fuser.proof import verify
 
@@ -213,3 +214,15 @@ def test_a_module_that_cannot_be_copied_is_judged_by_its_noise() -> None:
     result = verify(Pinned(1.5), Pinned(1.5), example_inputs=(X,))
     assert result.passed and result.truth == "noise-floor" and "it holds a handle" in result.truth_note
     assert verify(Pinned(1.5), Pinned(1.501), example_inputs=(X,)).verdict == "different"
+
+
+def test_rounding_that_a_normalization_makes_large_is_no_fault_of_a_fold() -> None:
+    """For zeros all that the InstanceNorm sees is the rounding of the convolutions."""
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(4, affine=False)
+    module = nn.Sequential(nn.Conv2d(4, 4, 1), norm, nn.Conv2d(4, 4, 1), nn.InstanceNorm2d(4, affine=True)).eval()
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.5, 1.5)
+    x = torch.randn(2, 4, 8, 8)
+    report = fuser.optimize(module, example_inputs=(x,), passes=["fold-batch-norm"]).report
+    assert report.verification.passed and len(report.applied) == 1

@@ -264,7 +264,9 @@ def _moved(values: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
         if not isinstance(value, np.ndarray) or not is_float(value.dtype):
             return value
         step = 2 * unit_roundoff(value.dtype) * rng.choice([-1.0, 1.0], value.shape)
-        return (value.astype(np.float64) * (1 + step)).astype(value.dtype)
+        wide = value.astype(np.float64)
+        # Zeros among other numbers mean something; nothing but zeros has to move, too.
+        return (wide + step * (np.abs(wide) if wide.any() else 1.0)).astype(value.dtype)
 
     return tuple(move(value) for value in values)
 
