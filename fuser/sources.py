@@ -7,6 +7,7 @@ starting over without it.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -305,10 +306,48 @@ def _torch(
 
 
 def _module_of(program: Any, training: bool) -> Any:
-    """The program as a module; its flag, which torch.export always sets, is that of the module it was made from."""
+    """The program as a module that is set to its mode and saved as modules are, which torch's own is not.
+
+    It is loaded where this package is installed.  training: the mode of the module that was captured; the other one
+    would need another capture.
+    """
     module = program.module()
     for part in module.modules():
         part.training = training
+
+    def train(mode: bool = True) -> Any:
+        if mode != training:
+            names = ("eval", "training")
+            raise NotImplementedError(f"captured in {names[training]} mode; optimize the module in {names[mode]} mode")
+        return module
+
+    def reduce(protocol: int) -> tuple[Any, ...]:
+        import torch
+
+        file = io.BytesIO()
+        torch.export.save(program, file)
+        state = {**dict(module.named_parameters(remove_duplicate=False)), **_buffers(module)}
+        return _restored, (file.getvalue(), state, training)
+
+    module.train, module.eval = train, lambda: train(False)
+    module.__reduce_ex__ = reduce  # where pickle looks for it; its guards and hooks are functions without a name
+    return module
+
+
+def _buffers(module: Any) -> dict[str, Any]:
+    return dict(module.named_buffers(remove_duplicate=False))
+
+
+def _restored(program: bytes, state: Mapping[str, Any], training: bool) -> Any:
+    """The module that was pickled: the program, and the state as it was at that time."""
+    import torch
+
+    module = _module_of(torch.export.load(io.BytesIO(program)), training)
+    buffers = _buffers(module)
+    for name, tensor in state.items():
+        path, _, leaf = name.rpartition(".")
+        part = module.get_submodule(path)
+        (part._buffers if name in buffers else part._parameters)[leaf] = tensor
     return module
 
 

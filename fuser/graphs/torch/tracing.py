@@ -66,6 +66,8 @@ def trace(module: nn.Module) -> fx.GraphModule:
     graph._tracer_cls = fx.Tracer  # a saved result names its tracer, and must load without this package
     held: dict[str, Any] = {}
     for node in graph.nodes:
+        if isinstance(node.type, str):
+            node.type = None  # an annotation that nobody has evaluated; with it, torch can neither save nor script it
         if node.op in ("get_attr", "call_module"):
             original = attribute(module, node.target)
             is_tensor = node.op == "get_attr" and isinstance(original, torch.Tensor)
