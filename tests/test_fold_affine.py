@@ -9,9 +9,12 @@ import onnx
 import pytest
 import torch
 from fuser.passes.fold_affine import FoldAffine
-from hosts_torch import Decomposed, Exported, Lifted
+from hosts_torch import Decomposed, Exported, Lifted, Traced
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import Net
 from onnx_models import conv, model, node, op_types
-from rewriting import DOUBLE, applied, refused, rewritten
+from rewriting import DOUBLE, applied, evaluate, refused, rewritten
 from torch import nn
 
 from fuser import pipeline
@@ -145,6 +148,71 @@ def test_no_linear() -> None:
 
 def test_a_sum_of_two_variables_is_no_candidate() -> None:
     assert refused(double([conv("x", "a"), conv("x", "b"), node("Add", ["a", "b"])]), FOLD) == {}
+
+
+# -- into the arithmetic before it
+
+SIDES = st.tuples(st.sampled_from(["Add", "Sub", "Mul", "Div"]), st.integers(0, 1))
+SHAPES = st.sampled_from([(), (1,), (4, 1, 1), (1, 4, 1, 1)])
+
+
+@settings(max_examples=80, deadline=None)
+@given(SIDES, SIDES, SHAPES, SHAPES)
+def test_factors_and_summands(
+    first: tuple[str, int], second: tuple[str, int], a: tuple[int, ...], b: tuple[int, ...]
+) -> None:
+    def step(source: str, target: str, constant: str, operator: str, side: int) -> onnx.NodeProto:
+        return node(operator, [source, constant] if side else [constant, source], [target])
+
+    nodes = [node("Exp", ["x"], ["e"]), step("e", "m", "a", *first), step("m", "n", "b", *second), node("Exp", ["n"])]
+    proto = model(nodes, x=(2, 4, 8, 8), constants={"a": positive(*a), "b": positive(*b)}, dtype=DOUBLE)
+    _, result = rewritten(proto, FOLD)
+    kinds = [{"Add": "+", "Sub": "+", "Mul": "*", "Div": "*"}[operator] for operator, _ in (first, second)]
+    can = kinds[0] == kinds[1] and second not in (("Sub", 0), ("Div", 0))
+    sizes = np.prod(a, dtype=int), np.prod(b, dtype=int)
+    merges = can and np.broadcast(np.empty(a), np.empty(b)).size <= max(sizes)
+    assert len(result.graph.node) == (3 if merges else 4)
+    before, after = evaluate(proto), evaluate(result)
+    assert before.shape == after.shape
+    np.testing.assert_allclose(after, before, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("operators", "a", "b"),
+    [
+        (("Mul", "Mul"), 1e-30, 1e-30),
+        (("Mul", "Mul"), 1e-25, 1e-15),
+        (("Mul", "Mul"), 1e30, 1e30),
+        (("Div", "Mul"), 1e-30, 1e30),
+        (("Mul", "Mul"), 2.0, 0.0),
+        (("Add", "Mul"), 2.0, 3.0),
+    ],
+    ids=["to-zero", "too-small", "too-large", "a-quotient", "zero", "of-two-kinds"],
+)
+def test_numbers_that_cannot_be_one(operators: tuple[str, str], a: float, b: float) -> None:
+    nodes = [node(operators[0], ["x", "a"], ["m"]), node(operators[1], ["m", "b"], ["n"]), node("Relu", ["n"])]
+    constants = {"a": np.float32(a), "b": np.float32(b)}
+    assert refused(model(nodes, constants=constants), FOLD) == {"no-linear": 2}
+
+
+def test_arithmetic_that_others_read_stays() -> None:
+    nodes = [node("Mul", ["x", "a"], ["m"]), node("Mul", ["m", "a"], ["n"]), node("Relu", ["n"])]
+    proto = model([*nodes, node("Exp", ["m"], ["z"])], constants={"a": np.float32(2)}, outputs=["y", "z"])
+    assert refused(proto, FOLD) == {"no-linear": 1, "shared-output": 1}
+
+
+@pytest.mark.parametrize("host", [Traced, Exported, Lifted, Decomposed])
+def test_numbers_of_a_torch_graph(host: Any) -> None:
+    """They stay numbers."""
+    module = Net(lambda m, x: torch.relu((x.exp() / 4 * 3 + 1 - m.shift) * 2.5 * 0.5))
+    module.shift = nn.Parameter(torch.tensor(0.25, dtype=torch.float64))
+    x = torch.randn(2, 4, 6, 6).double()
+    graph = host().build(module, (x,))
+    pipeline.run(graph, [FOLD])
+    counts = graph.summary().ops
+    assert sum(counts.values()) == (8 if host is Traced else 5), counts  # a traced number has no type
+    after = host().run(host().result(graph), x)
+    np.testing.assert_allclose(after, module(x).detach(), rtol=1e-12, atol=1e-14)
 
 
 # -- torch

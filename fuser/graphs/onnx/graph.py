@@ -438,6 +438,8 @@ class OnnxGraph:
 
         Where an edge stays, small values that feed it are the edge.
         """
+        self.known.learn()
+        self._readings.clear()
         for node in self.wiring.order:
             if self.wiring.is_erased(node) or any(self.wiring.public(output) for output in node.outputs):
                 continue

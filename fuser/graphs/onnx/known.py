@@ -168,6 +168,12 @@ class KnownValues:
         here = inferred or (None,) * target.size
         return tuple(b if isinstance(b, int) or a is None else a for a, b in zip(here, told, strict=True))
 
+    def learn(self) -> None:
+        """Look again at what was not known: edits make shapes known, and sizes are made of shapes."""
+        for node in self._wiring.order:
+            if not self._wiring.is_erased(node) and any(id(output) not in self._known for output in node.outputs):
+                self._classify(node)
+
     def inherit(self, tensor: gs.Tensor, source: gs.Tensor) -> None:
         """`tensor` now holds what `source` held."""
         if self._types is not None and id(source) in self._types:

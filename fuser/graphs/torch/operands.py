@@ -122,7 +122,9 @@ class _Arguments:
         for field, array in arrays.items():
             name = OPERANDS[self._signature.name][field]
             old = _arguments(self._node)[name]
-            write(self._node, self._signature, name, self._constant(self._node, field, array, old))
+            is_number = array.ndim == 0 and isinstance(old, (int, float))
+            value: Any = float(array) if is_number else self._constant(self._node, field, array, old)
+            write(self._node, self._signature, name, value)
             if isinstance(old, fx.Node):
                 self._wiring.loosen(old)
         if self._signature.name == "addmm":
