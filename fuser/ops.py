@@ -69,6 +69,7 @@ class Linear(LinearOperator):
     weight: [out, in] when `out_axis` is 0, [in, out] when it is 1.
     bias: broadcast against the output; [out] in most models.
     in_axis: the axis of the input that is summed over; -1, or 0 for a Gemm with transA.
+    apart: the bias is added by a node of its own.
     The features come out on the last axis.
     """
 
@@ -76,6 +77,7 @@ class Linear(LinearOperator):
     in_axis: int = -1
     alpha: float = 1.0
     beta: float = 1.0
+    apart: bool = False
 
 
 @dataclass(frozen=True, eq=False)

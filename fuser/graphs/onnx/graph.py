@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import GraphProto
+from onnx import GraphProto, TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from fuser import costs
@@ -70,6 +70,8 @@ KEEPS_RANK = frozenset(
 )
 """Operators whose output has as many axes as their first operand; inference saw no Reshape that became known since."""
 
+_GEMM_TYPES = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+
 _COUNTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 _NOT_COUNTED = frozenset(
     "LSTM GRU RNN Einsum Attention DeformConv ConvInteger MatMulInteger QLinearConv QLinearMatMul".split()
@@ -93,6 +95,7 @@ class OnnxGraph:
     """
 
     host = "onnx"
+    rows_only = True  # Gemm
 
     def __init__(self, model: ModelFile, *, freeze_inputs: bool = False) -> None:
         self.edits = 0
@@ -216,6 +219,11 @@ class OnnxGraph:
 
     def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
         return None  # any sides, any sizes
+
+    def refuses_uniting(self, op: Linear) -> Missed | None:
+        if self.element_type(op.weight) in _GEMM_TYPES:
+            return None
+        return Missed("type", f"a Gemm multiplies no matrices of the type of {self.describe(op.weight)}")
 
     def describe(self, x: Op | Value) -> str:
         if not isinstance(x, Op):
@@ -360,10 +368,32 @@ class OnnxGraph:
         self.edits += 1
 
     def set_shape(self, op: Reshape) -> None:
-        node: gs.Node = op.node
-        if node.op == "Reshape" and says_all(self, node):
+        if op.node.op == "Reshape" and says_all(self, op.node):
             return
-        shape = np.array(target_shape(self, op.output), np.int64)
+        shape = target_shape(self, op.output)
+        assert shape is not None  # otherwise it is not `absolute`
+        self._reshape_to(op, shape)
+
+    def unite(self, op: Linear, around: tuple[Reshape, Reshape] | None) -> None:
+        add = op.output.inputs[0]
+        if around is not None:
+            before, after = around
+            self.set_shape(after)
+            features = self.shape(op.weight)
+            assert features is not None and isinstance(features[0], int)
+            self._reshape_to(before, [-1, features[0]])
+            for node in (before.node, add):
+                self._rename_output(node)
+        for position, tensor in enumerate((op.node.inputs[0], op.weight, op.bias)):
+            self.wiring.set_input(add, position, tensor)
+        self._note_origin(add, op.node)
+        self.wiring.erase(op.node)
+        add.op = "Gemm"
+        self.edits += 1
+
+    def _reshape_to(self, op: Reshape, target: Sequence[int]) -> None:
+        node: gs.Node = op.node
+        shape = np.array(target, np.int64)
         self.wiring.truncate_inputs(node, 1)
         constant = self._new_constant(self.wiring.scope(node), f"{op.output.name}.shape", shape, node)
         self.wiring.set_input(node, 1, constant)
@@ -567,15 +597,18 @@ class OnnxGraph:
 
     def _forget_size(self, op: Conv | Linear) -> None:
         """What is stated of the size of the op's output is no longer true."""
-        product = op.node.outputs[0]
-        if product is not op.output:  # of a MatMul whose bias an Add adds
-            fresh = gs.Variable(self._fresh(product.name))
-            uses = self.wiring.uses(product)
-            self.wiring.set_output(op.node, product, fresh)
-            self.wiring.scope(op.node).dropped.add(product.name)
-            for add, position in uses:
-                self.wiring.set_input(add, position, fresh)
+        if op.node.outputs[0] is not op.output:  # of a MatMul whose bias an Add adds
+            self._rename_output(op.node)
         self.known.forget(op.output)
+
+    def _rename_output(self, node: gs.Node) -> None:
+        """Under its old name, another shape may be declared than it has now."""
+        old = node.outputs[0]
+        fresh, uses = gs.Variable(self._fresh(old.name)), self.wiring.uses(old)
+        self.wiring.set_output(node, old, fresh)
+        self.wiring.scope(node).dropped.add(old.name)
+        for reader, position in uses:
+            self.wiring.set_input(reader, position, fresh)
 
     def _nodes(self, op: Op) -> list[gs.Node]:
         """The nodes that go with an op: both of a MatMul and the Add of its bias, none of a stored constant."""

@@ -390,7 +390,13 @@ class KnownValues:
 
 
 def _is_proven(shape: Shape | None) -> bool:
-    return shape is not None and None not in shape
+    """Whether every size is a number, or has a name that is not one of those that inference invents."""
+    return shape is not None and not any(
+        size is None or (isinstance(size, str) and size.startswith(_INVENTED)) for size in shape
+    )
+
+
+_INVENTED = "unk__"
 
 
 def tensor_proto(tensor: gs.Constant) -> TensorProto | None:

@@ -176,7 +176,7 @@ def _matmul(n: NodeReader) -> ops.Op:
         raise Unreadable
     add = bias_add(n.graph, n.node)
     output, bias = (n.output, None) if add is None else (add.outputs[0], add.inputs[bias_position(n.graph, add)])
-    return ops.Linear(n.node, output, n.required(0), weight, bias, out_axis=1)
+    return ops.Linear(n.node, output, n.required(0), weight, bias, out_axis=1, apart=add is not None)
 
 
 def bias_add(graph: OnnxGraph, matmul: gs.Node) -> gs.Node | None:
