@@ -22,7 +22,9 @@ from fuser.ops import (
     Op,
     Pad,
     Padding,
+    Range,
     Reshape,
+    Slice,
     SplitSequence,
     Transpose,
     Value,
@@ -172,6 +174,10 @@ class Graph(Protocol):
 
     def set_permutation(self, op: Transpose, permutation: Sequence[int]) -> None:
         """Let the op permute the axes like this."""
+        ...
+
+    def set_ranges(self, op: Slice, ranges: Sequence[Range]) -> None:
+        """Let the op take these ranges of its input, which may be of another size."""
         ...
 
     def set_shape(self, op: Reshape) -> None:

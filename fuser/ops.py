@@ -8,7 +8,7 @@ handles, compared with `is`; only the graph can look inside.  A `None` value is 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from fuser.remarks import Missed
 
@@ -168,6 +168,23 @@ class Concat(Op):
 
     inputs: tuple[Value, ...]
     axis: int
+
+
+class Range(NamedTuple):
+    """x[start:end:step] along `axis`, with the meaning that Python gives it; a negative axis counts from the last."""
+
+    axis: int
+    start: int
+    end: int
+    step: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Slice(Op):
+    """y = the elements of `input` in a range along each of some axes, all of which are different."""
+
+    input: Value
+    ranges: tuple[Range, ...]
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,7 +55,9 @@ from fuser.ops import (
     Op,
     Pad,
     Padding,
+    Range,
     Reshape,
+    Slice,
     SplitSequence,
     Transpose,
     Value,
@@ -80,6 +82,9 @@ _NOT_COUNTED = frozenset(
 
 SPLIT_TAKES_SIZES_SINCE = 13
 """Before that opset the sizes of a Split are an attribute."""
+
+SLICE_TAKES_RANGES_SINCE = 10
+"""Before that opset the bounds of a Slice are attributes."""
 
 FORMAL_INPUTS_BEFORE_IR = 4
 """Before IR 4 every initializer had to be listed as an input; it was a formality, and nobody replaced them."""
@@ -365,6 +370,20 @@ class OnnxGraph:
 
     def set_permutation(self, op: Transpose, permutation: Sequence[int]) -> None:
         self.wiring.set_attribute(op.node, "perm", list(permutation))
+        self.edits += 1
+
+    def set_ranges(self, op: Slice, ranges: Sequence[Range]) -> None:
+        node, scope = op.node, self.wiring.scope(op.node)
+        axes, *bounds = zip(*ranges, strict=True)
+        numbers = dict(zip(("starts", "ends", "axes", "steps"), (bounds[0], bounds[1], axes, bounds[2]), strict=True))
+        if scope.opset < SLICE_TAKES_RANGES_SINCE:
+            for name in ("starts", "ends", "axes"):
+                self.wiring.set_attribute(node, name, list(numbers[name]))
+        else:
+            self.wiring.truncate_inputs(node, 1)
+            for position, (name, values) in enumerate(numbers.items(), 1):
+                constant = self._new_constant(scope, f"{op.output.name}.{name}", np.array(values, np.int64), node)
+                self.wiring.set_input(node, position, constant)
         self.edits += 1
 
     def set_shape(self, op: Reshape) -> None:

@@ -75,7 +75,9 @@ from fuser.ops import (
     Op,
     Pad,
     Padding,
+    Range,
     Reshape,
+    Slice,
     SplitSequence,
     Transpose,
     Value,
@@ -397,6 +399,10 @@ class TorchGraph:
         target: Any = aten.permute.default if isinstance(node.target, OpOverload) else torch.permute
         self._wiring.become(node, target, op.input, list(permutation))
         self.edits += 1
+
+    def set_ranges(self, op: Slice, ranges: Sequence[Range]) -> None:
+        """Never asked: torch slices one axis at a time, so it offers no slice of several."""
+        raise AssertionError(f"{op} is no op of a torch graph")
 
     def set_shape(self, op: Reshape) -> None:
         """Nothing to do: what is `absolute` here says its shape as it is."""
