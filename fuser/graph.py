@@ -19,6 +19,7 @@ from fuser.ops import (
     Conv,
     Linear,
     MaxPool,
+    Movement,
     Op,
     Pad,
     Padding,
@@ -180,7 +181,7 @@ class Graph(Protocol):
         """Let the op take these ranges of its input, which may be of another size."""
         ...
 
-    def set_shape(self, op: Reshape) -> None:
+    def set_shape(self, op: Movement) -> None:
         """Let an `absolute` op say the shape of its output without that of its input, which may be of another one."""
         ...
 

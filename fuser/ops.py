@@ -136,9 +136,14 @@ class Identity(Op):
 
 @dataclass(frozen=True, eq=False)
 class Movement(Op):
-    """y has each element of `input` once; nothing is computed."""
+    """y has each element of `input` once; nothing is computed.
+
+    absolute: y has the elements in the same order, and its shape does not depend on that of `input`, but for its number
+        of elements, or `Graph.set_shape` can say it like that.
+    """
 
     input: Value
+    absolute: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,13 +151,10 @@ class Reshape(Movement):
     """y has the elements of `input` in the same order in another shape: Flatten, Squeeze, Unsqueeze too.
 
     front, back: so many axes in front, and at the back, are sure to be those of the input, whatever the sizes are.
-    absolute: the shape of y does not depend on that of `input`, but for its number of elements, or
-        `Graph.set_shape` can say it like that.
     """
 
     front: int = 0
     back: int = 0
-    absolute: bool = False
 
 
 @dataclass(frozen=True, eq=False)

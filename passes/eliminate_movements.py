@@ -5,9 +5,8 @@
     reshape(reshape(x, s), t)       =>   x                     where x has the shape t
     reshape(reshape(x, s), t)       =>   reshape(x, t)         where t says all, and nobody else reads the first one
 
-A transpose that only moves axes of one element is a reshape.
-On ONNX a Squeeze, an Unsqueeze or a Flatten says all once it is a Reshape to the shape it makes, where no more than one
-size of that is unknown.
+On ONNX a Squeeze, an Unsqueeze, a Flatten, and a Transpose that only moves axes of one element say all once they are a
+Reshape to the shape they make, where no more than one size of that is unknown.
 
 Refusals:
     both-public   two names of the signature would become one
@@ -35,7 +34,7 @@ class Detour:
 
     op: Op
     by: Value
-    reshapes: tuple[Reshape, ...] = ()
+    reshapes: tuple[Movement, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +78,11 @@ def _found(graph: Graph, op: Movement) -> Detour | Shortcut | None:
     inner = graph.op_producing(op.input)
     if inner is not None and not inner.hooked:
         match inner, op:
-            case Transpose(), Transpose():
-                return _transposes(graph, inner, op)
+            case Transpose(), Transpose() if (found := _transposes(graph, inner, op)) is not None:
+                return found
             case Reshape(), Reshape() if keeps_shape(graph.shape(inner.input), graph.shape(op.output)):
                 return Detour(op, inner.input)
-    readers = _that_say_all(graph, op) if isinstance(op, Reshape) or _keeps_order(graph, op) else ()
+    readers = _that_say_all(graph, op) if isinstance(op, Reshape) or op.absolute else ()
     return Detour(op, op.input, readers) if readers else None
 
 
@@ -97,17 +96,8 @@ def _transposes(graph: Graph, inner: Transpose, op: Transpose) -> Detour | Short
     return Shortcut(op, inner.input, both)
 
 
-def _keeps_order(graph: Graph, op: Movement) -> bool:
-    """Whether a transpose only moves axes of one element, so that it is a reshape."""
-    shape = graph.shape(op.input)
-    if not isinstance(op, Transpose) or shape is None or len(shape) != len(op.permutation):
-        return False
-    wide = [axis for axis in op.permutation if shape[axis] != 1]
-    return wide == sorted(wide)
-
-
-def _that_say_all(graph: Graph, op: Movement) -> tuple[Reshape, ...]:
-    """The readers, where all reshape what they get to a shape that does not depend on this one."""
+def _that_say_all(graph: Graph, op: Movement) -> tuple[Movement, ...]:
+    """The readers, where all bring what they get into a shape that does not depend on this one."""
     readers = [reader.op for reader in graph.readers(op.output)]
-    found = tuple(r for r in readers if isinstance(r, Reshape) and r.absolute and r.input is op.output)
+    found = tuple(r for r in readers if isinstance(r, Movement) and r.absolute and r.input is op.output)
     return found if len(found) == len(readers) else ()

@@ -215,3 +215,16 @@ def test_a_transpose_of_single_elements_is_a_reshape(
         assert op_types(applied(proto, ELIMINATE, bound=0).graph) == ["Reshape", "Neg"]
     else:
         assert refused(proto, ELIMINATE) == {}
+
+
+def test_a_reshape_and_a_transpose_of_single_elements() -> None:
+    """As of attention between two groups: the transpose says the shape by itself."""
+    nodes = [
+        node("Reshape", ["x", "s"], ["r"]),
+        node("Transpose", ["r"], ["t"], perm=[0, 2, 1, 3]),
+        node("Softmax", ["t"], axis=1),
+    ]
+    result = applied(
+        model(nodes, x=("N", 8), constants={"s": np.array([-1, 1, 2, 4])}, dtype=DOUBLE), ELIMINATE, bound=0
+    )
+    assert op_types(result.graph) == ["Reshape", "Softmax"]

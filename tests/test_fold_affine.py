@@ -215,6 +215,18 @@ def test_numbers_of_a_torch_graph(host: Any) -> None:
     np.testing.assert_allclose(after, module(x).detach(), rtol=1e-12, atol=1e-14)
 
 
+def test_a_quantized_product_is_given_no_bias_of_zeros() -> None:
+    nodes = [
+        node("DequantizeLinear", ["q", "s"], ["w"], axis=1),
+        node("MatMul", ["x", "w"], ["p"]),
+        node("Mul", ["p", "k"], ["m"]),
+        node("Relu", ["m"]),
+    ]
+    tensors = {"q": RNG.integers(-9, 9, (8, 3), np.int8), "s": np.ones(3, np.float32), "k": np.float32(0.5)}
+    result = applied(model(nodes, constants=tensors, opset=19), FOLD, bound=0)
+    assert op_types(result.graph) == ["DequantizeLinear", "MatMul", "Relu"]
+
+
 # -- torch
 
 

@@ -386,7 +386,7 @@ class OnnxGraph:
                 self.wiring.set_input(node, position, constant)
         self.edits += 1
 
-    def set_shape(self, op: Reshape) -> None:
+    def set_shape(self, op: Movement) -> None:
         if op.node.op == "Reshape" and says_all(self, op.node):
             return
         shape = target_shape(self, op.output)
@@ -398,11 +398,12 @@ class OnnxGraph:
         if around is not None:
             before, after = around
             self.set_shape(after)
-            features = self.shape(op.weight)
-            assert features is not None and isinstance(features[0], int)
-            self._reshape_to(before, [-1, features[0]])
-            for node in (before.node, add):
-                self._rename_output(node)
+            data, weight = self.shape(op.input), self.shape(op.weight)
+            assert weight is not None and isinstance(weight[0], int)
+            self._reshape_to(before, [-1, weight[0]])
+            rows = None if data is None else elements(data[:-1])
+            for node, features in zip((before.node, add), weight, strict=True):
+                self.known.state(self._rename_output(node), self.element_type(op.weight), (rows, features))
         for position, tensor in enumerate((op.node.inputs[0], op.weight, op.bias)):
             self.wiring.set_input(add, position, tensor)
         self._note_origin(add, op.node)
@@ -410,7 +411,7 @@ class OnnxGraph:
         add.op = "Gemm"
         self.edits += 1
 
-    def _reshape_to(self, op: Reshape, target: Sequence[int]) -> None:
+    def _reshape_to(self, op: Movement, target: Sequence[int]) -> None:
         node: gs.Node = op.node
         shape = np.array(target, np.int64)
         self.wiring.truncate_inputs(node, 1)
@@ -620,7 +621,7 @@ class OnnxGraph:
             self._rename_output(op.node)
         self.known.forget(op.output)
 
-    def _rename_output(self, node: gs.Node) -> None:
+    def _rename_output(self, node: gs.Node) -> gs.Tensor:
         """Under its old name, another shape may be declared than it has now."""
         old = node.outputs[0]
         fresh, uses = gs.Variable(self._fresh(old.name)), self.wiring.uses(old)
@@ -628,6 +629,7 @@ class OnnxGraph:
         self.wiring.scope(node).dropped.add(old.name)
         for reader, position in uses:
             self.wiring.set_input(reader, position, fresh)
+        return fresh
 
     def _nodes(self, op: Op) -> list[gs.Node]:
         """The nodes that go with an op: both of a MatMul and the Add of its bias, none of a stored constant."""

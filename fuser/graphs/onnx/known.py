@@ -179,6 +179,10 @@ class KnownValues:
         if self._types is not None and id(source) in self._types:
             self._types.setdefault(id(tensor), self._types[id(source)])
 
+    def state(self, tensor: gs.Tensor, element_type: int | None, shape: Shape) -> None:
+        """What an edit knows of a new value."""
+        self._inferred()[id(tensor)] = element_type or TensorProto.UNDEFINED, shape
+
     def forget(self, tensor: gs.Tensor) -> None:
         """The shape of `tensor` is no longer what was inferred."""
         self._inferred().pop(id(tensor), None)

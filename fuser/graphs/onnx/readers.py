@@ -346,7 +346,15 @@ def _of_one(n: NodeReader) -> ops.Op:
 
 def _transpose(n: NodeReader) -> ops.Op:
     permutation = n.attribute("perm") or range(n.rank(n.required(0)) - 1, -1, -1)
-    return ops.Transpose(n.node, n.output, n.required(0), tuple(permutation))
+    value = n.required(0)
+    absolute = _keeps_order(n.graph.shape(value), permutation) and target_shape(n.graph, n.output) is not None
+    return ops.Transpose(n.node, n.output, value, tuple(permutation), absolute=absolute)
+
+
+def _keeps_order(shape: Sequence[Dim] | None, permutation: Sequence[int]) -> bool:
+    """Whether only axes of one element move."""
+    wide = [axis for axis in permutation if shape is None or shape[axis] != 1]
+    return shape is not None and wide == sorted(wide)
 
 
 def _concat(n: NodeReader) -> ops.Op:

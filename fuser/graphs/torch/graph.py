@@ -72,6 +72,7 @@ from fuser.ops import (
     Identity,
     Linear,
     MaxPool,
+    Movement,
     Op,
     Pad,
     Padding,
@@ -404,7 +405,7 @@ class TorchGraph:
         """Never asked: torch slices one axis at a time, so it offers no slice of several."""
         raise AssertionError(f"{op} is no op of a torch graph")
 
-    def set_shape(self, op: Reshape) -> None:
+    def set_shape(self, op: Movement) -> None:
         """Nothing to do: what is `absolute` here says its shape as it is."""
 
     def unite(self, op: Linear, around: tuple[Reshape, Reshape] | None) -> None:
