@@ -294,7 +294,7 @@ def main() -> None:
         body = report(rows, oracle, crew.tools)
     print(body)
     if options.write:
-        results.write("Coverage", "python benchmarks/coverage.py --write", body)
+        results.write("Coverage", body)
 
 
 def report(rows: Sequence[Row], oracle: Sequence[list[str]], tools: Sequence[str]) -> str:
