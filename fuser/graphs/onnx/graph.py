@@ -294,7 +294,7 @@ class OnnxGraph:
     def set_constants(self, op: Op, **arrays: Array | None) -> None:
         node: gs.Node = op.node
         if isinstance(op, Conv | Linear) and self._resizes(op, arrays.get("weight")):
-            self._forget_size(op)
+            self._forget_width(op)
         for field, array in arrays.items():
             if array is None:
                 self.wiring.truncate_inputs(node, OPERANDS[node.op][field])  # what is optional comes last
@@ -514,7 +514,12 @@ class OnnxGraph:
         return self.same_scope(producer, op.node)
 
     def _redirect(self, output: gs.Tensor, value: gs.Tensor, *, may_rename: bool) -> None:
-        """Readers of `output`, whose node is gone, read `value`."""
+        """Readers of `output`, whose node is gone, read `value`.
+
+        may_rename: they are alike in type and shape.
+        """
+        if may_rename:
+            self.known.inherit(value, output)
         readers, others = self.wiring.uses(output), self.wiring.uses(value)
         producer = self.producer(value)
         renames = may_rename and producer is not None and not others and self.same_scope(producer, output.inputs[0])
@@ -532,8 +537,9 @@ class OnnxGraph:
         old = self.shape(op.weight)
         return weight is not None and (old is None or old[op.out_axis] != weight.shape[op.out_axis])
 
-    def _forget_size(self, op: Conv | Linear) -> None:
-        """What is stated of the size of the op's output is no longer true."""
+    def _forget_width(self, op: Conv | Linear) -> None:
+        """What is stated of the number of channels of the op's output is no longer true."""
+        axis = -1 if isinstance(op, Linear) else 1
         product = op.node.outputs[0]
         if product is not op.output:  # of a MatMul whose bias an Add adds
             fresh = gs.Variable(self._fresh(product.name))
@@ -542,7 +548,9 @@ class OnnxGraph:
             self.wiring.scope(op.node).dropped.add(product.name)
             for add, position in uses:
                 self.wiring.set_input(add, position, fresh)
-        self.known.forget(op.output)
+            self.known.inherit(fresh, product)
+            self.known.forget_size(fresh, axis)
+        self.known.forget_size(op.output, axis)
 
     def _nodes(self, op: Op) -> list[gs.Node]:
         """The nodes that go with an op: both of a MatMul and the Add of its bias, none of a stored constant."""
