@@ -6,8 +6,8 @@
     python benchmarks/scale.py --large              # also 0.94 GB in one file, and 4 GB with external data
     python benchmarks/scale.py --write              # put the tables into benchmarks/RESULTS.md
 
-Every run is a fresh process.  Seconds are its wall time without the start of the interpreter and its imports, of
-short runs the best of three; memory is the highest resident set of any process of the run.  The exponent is the slope
+Every run is a fresh process.  Seconds are its wall time without the start of the interpreter and its imports, the
+best of three; memory is the highest resident set of any process of the run.  The exponent is the slope
 of log(seconds) over log(nodes): 1 is linear, 2 quadratic.  A tool that takes longer than `--timeout` is said so, and
 not asked for what is larger still.  "fuser" rewrites and checks each rewrite on a window, "fuser, verified" also runs
 both models and compares them, which no peer does unless asked.
@@ -30,8 +30,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 CHANNELS = 4
 
-SHORT = 3.0
-"""Seconds up to which a run is repeated."""
+REPEATS = 3
 
 RUN = """
 import json, resource, time
@@ -159,7 +158,7 @@ def measure(tool: str, source: Path, timeout: float, whole: bool) -> tuple[float
     options = {"source": str(source), "target": str(target), "whole": repr("whole" if whole else True)}
     script = RUN.format(setup=setup, call=call.format(**options))
     best: tuple[float, float] | None = None
-    for _ in range(3):
+    for _ in range(REPEATS):
         try:
             done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -172,8 +171,6 @@ def measure(tool: str, source: Path, timeout: float, whole: bool) -> tuple[float
         seconds, megabytes = json.loads(done.stdout.strip().splitlines()[-1])
         if best is None or seconds < best[0]:
             best = seconds, megabytes
-        if seconds > SHORT:
-            break
     assert best is not None
     return best
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import ml_dtypes
@@ -183,7 +183,7 @@ def agree(
         return True
     channels = sorted({0, outputs // 2, outputs - 1})
     weights = _windows(old.weight, layout, channels)
-    x = np.cos(np.arange(1.0, weights[0].size + 1)).reshape(weights[0].shape)
+    x = _inputs(weights[0].size).reshape(weights[0].shape)
     seen = x
     if before is not None:
         blocks = [layout.window(old.weight, channel)[1] for channel in channels]
@@ -251,6 +251,14 @@ def _products(weights: Array, x: Array) -> tuple[Array, Array]:
     """(sum, sum of magnitudes) of weight * x, for each channel."""
     products = (weights * x).reshape(len(weights), -1)
     return products.sum(axis=1), np.abs(products).sum(axis=1)
+
+
+@lru_cache(maxsize=8)
+def _inputs(count: int) -> Array:
+    """A window of inputs, none like another."""
+    x: Array = np.cos(np.arange(1.0, count + 1))
+    x.flags.writeable = False
+    return x
 
 
 def _first_row(bias: Array, channels: Sequence[int]) -> Array:

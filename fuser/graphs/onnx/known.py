@@ -362,8 +362,11 @@ class KnownValues:
         return found
 
     def _has_unknown_shapes(self) -> bool:
-        outputs = (output for node in self._wiring.order if not self.is_foldable(node) for output in node.outputs)
-        return any(not _is_proven(self._inferred_shape(output)) for output in outputs if not output.is_empty())
+        return any(
+            not _is_proven(self._inferred_shape(output)) and not output.is_empty() and not self.is_foldable(node)
+            for node in self._wiring.order
+            for output in node.outputs
+        )
 
     def _computed_edge(self) -> list[gs.Tensor]:
         """What nodes of the main graph make of constants alone, and other nodes read."""
