@@ -279,7 +279,8 @@ class TorchGraph:
         """The first element of a node that returns several; `alone`: where nobody reads the others."""
         parts = [(user.target is operator.getitem and user.args[1], user) for user in node.users]
         first = [user for index, user in parts if index == 0 and index is not False]
-        if len(first) != 1 or (alone and any(user.users for _, user in parts if user is not first[0])):
+        others = [user for _, user in parts if user not in first]
+        if len(first) != 1 or (alone and any(user.users or user.target is not operator.getitem for user in others)):
             raise Unreadable
         return first[0]
 
