@@ -39,7 +39,7 @@ class Job:
     """
 
     def __init__(self, source: Source, passes: Passes, progress: Progress | None) -> None:
-        self._source, self._passes = source, passes
+        self.source, self._passes = source, passes
         self._progress = progress or (lambda stage: None)
         self.report = Report(source.name)
         self._candidate: Candidate | None = None
@@ -70,7 +70,7 @@ class Job:
         Raises `VerificationError` when a check fails and `abort` is set, or no rewrite is to blame.
         """
         applied = {run.contract for run in self.report.passes if run.applied}
-        if not applied and not self._source.removable_inputs:
+        if not applied and not self.source.removable_inputs:
             self.report.unverified = "nothing was changed, so there is nothing to check"
             return
         if self.report.before.bytes > LARGE and not whole:
@@ -84,7 +84,7 @@ class Job:
             try:
                 verification = check(self.candidate.model, contract)
             except InputError as error:
-                if not self._source.may_lack_inputs:
+                if not self.source.may_lack_inputs:
                     raise
                 self.report.unverified = str(error)
                 return
@@ -117,11 +117,11 @@ class Job:
         """Take over what the step made, if it is right; the one remark of the step."""
 
         def missed(code: str, reason: str, remedy: str = "") -> Remark:
-            return Remark(step.name, self._source.name, code, reason, remedy)
+            return Remark(step.name, self.source.name, code, reason, remedy)
 
         if check is not None and self.report.before.bytes > LARGE and not whole:
             return missed("too-large", "the whole model would have to be run to check it", "--verify=whole runs it")
-        source = self._source
+        source = self.source
         assert isinstance(source, OnnxSource)
         made = source.after(step, self.candidate)
         if isinstance(made, Missed):
@@ -140,7 +140,7 @@ class Job:
             return missed("failed", str(error))
         self._candidate, self.report.after = made, after
         counts = sum(before.ops.values()), sum(after.ops.values())
-        return Remark(step.name, self._source.name, "applied", f"{counts[0]} nodes became {counts[1]}")
+        return Remark(step.name, self.source.name, "applied", f"{counts[0]} nodes became {counts[1]}")
 
     def first_wrong(self, check: Check) -> Remark | None:
         """The first rewrite after which the model is no longer equivalent; None where it is to the end.
@@ -180,13 +180,13 @@ class Job:
     def _attempt(
         self, passes: Passes, left_out: Mapping[Rewrite, str], stop_after: int | None = None
     ) -> tuple[Report, Candidate]:
-        story = Report(self._source.name)
+        story = Report(self.source.name)
         if self._attempts:
             gc.collect()  # the graph of the last attempt
         self._attempts += 1
         with _no_collector():
             with self.stage("read"):
-                graph = self._source.graph()
+                graph = self.source.graph()
             story.host, story.before = graph.host, graph.summary()
             with self.stage("passes"):
                 outcome = pipeline.run(
@@ -194,7 +194,7 @@ class Job:
                 )
             story.after = graph.summary()
         story.take(outcome)
-        return story, self._source.candidate(graph)
+        return story, self.source.candidate(graph)
 
     def _keep(self, story: Report, candidate: Candidate) -> None:
         for name in ("host", "before", "after", "passes", "rounds", "applied", "missed"):

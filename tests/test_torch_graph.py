@@ -424,6 +424,18 @@ def test_unbatched_pools_are_none(host: type) -> None:
     assert list(graph.ops(ops.AveragePool)) == []
 
 
+def test_an_axis_that_was_declared_dynamic_and_is_not_has_a_number() -> None:
+    net = Fn(lambda m, x: torch.relu(m.norm(m.conv(x).view(2, 4, -1))), conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm1d(4))
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(net.eval(), (image(),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    graph = TorchGraph.from_exported_program(program)
+    (op,) = graph.ops(ops.Conv)
+    shape = graph.shape(op.output)
+    assert shape is not None and shape[:2] == (2, 4) and isinstance(shape[2], str)
+    (norm,) = fuser.explain(program, passes=["fold-batch-norm"]).applied
+    assert norm.site == "norm"
+
+
 # -- constants
 
 
