@@ -9,7 +9,7 @@ import numpy as np
 from fuser.affine import ChannelAffine
 from fuser.graph import Array, Graph
 from fuser.ops import BatchNorm, Elementwise, Value
-from fuser.remarks import Missed
+from fuser.remarks import GIVE_SHAPES, Missed
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,7 @@ def _axis(graph: Graph, operand: Value, constant: Array) -> int | Missed | None:
         return Missed(
             "rank",
             f"how many axes {graph.describe(operand)} has is not known, so neither is the axis of the constant",
-            "give example_inputs, or a model with shapes",
+            GIVE_SHAPES,
         )
     if constant.ndim > rank:
         return Missed("broadcasts", f"the constant has {constant.ndim} axes, and {graph.describe(operand)} has {rank}")

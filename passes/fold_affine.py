@@ -12,7 +12,7 @@ Refusals:
     not-per-channel  the constant varies along more than one axis
     broadcasts       the result is larger than the operand, or may be
     overridable, quantized, no-linear, shared-output, axis-mismatch, rank, padding, written, grows,
-    shape-mismatch, not-finite, shared-weights, unsound: as for fold-batch-norm
+    not-monotone, shape-mismatch, not-finite, shared-weights, unsound: as for fold-batch-norm
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fuser.absorb import Absorption, Walker
-from fuser.graph import Graph
-from fuser.maps import AffineOp, Map, affine_op
+from fuser.graph import Dim, Graph
+from fuser.maps import AffineOp, affine_op
 from fuser.ops import Elementwise, Value
-from fuser.remarks import Missed
+from fuser.remarks import GIVE_SHAPES, Missed
 from fuser.rewrite import RewritePass
 
 
@@ -53,19 +53,17 @@ class FoldAffine(RewritePass[Elementwise, Folding]):
         found = affine_op(graph, op)
         if isinstance(found, Missed):
             return found
-        walker = Walker(graph, self.shared_weights)
-        backward = walker.into_producer(found.operand, found.map)
-        if isinstance(backward, Absorption):
-            return Folding(op, found.operand, backward)
-        known = found.map.axis is None or graph.shape(found.operand) is not None
-        if not known:
-            return backward
-        if not _keeps_shape(graph, found):
-            return Missed("broadcasts", f"{graph.describe(found.operand)} is not as large as the result, or may not be")
-        forward = walker.into_readers(found.operand, op.output, found.map)
-        if isinstance(forward, Absorption):
-            return Folding(op, found.operand, forward)
-        return backward if forward.code == "no-linear" else forward
+        size = _size(graph, found)
+        name = graph.describe(found.operand)
+        if isinstance(size, int) and size != found.map.affine.channels:
+            return Missed("broadcasts", f"{name} is not as large as the result")
+        enlarged = (
+            None
+            if isinstance(size, int)
+            else Missed("broadcasts", f"{name} may be smaller than the result", GIVE_SHAPES)
+        )
+        absorption = Walker(graph, self.shared_weights).around(found.operand, op.output, found.map, enlarged)
+        return absorption if isinstance(absorption, Missed) else Folding(op, found.operand, absorption)
 
     def rewrite(self, graph: Graph, match: Folding) -> str:
         done = match.absorption.apply(graph)
@@ -73,8 +71,9 @@ class FoldAffine(RewritePass[Elementwise, Folding]):
         return done
 
 
-def _keeps_shape(graph: Graph, found: AffineOp) -> bool:
-    """Whether the operand is as large as the result; a linear operator before it proves that by its weight."""
-    m: Map = found.map
-    shape = graph.shape(found.operand)
-    return m.axis is None or (shape is not None and shape[m.axis] == m.affine.channels)
+def _size(graph: Graph, found: AffineOp) -> Dim:
+    """How large the operand is along the axis of the map; one number fits any size."""
+    axis, shape = found.map.axis, graph.shape(found.operand)
+    if axis is None:
+        return found.map.affine.channels
+    return None if shape is None else shape[axis]

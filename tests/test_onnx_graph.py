@@ -428,13 +428,33 @@ def test_a_cast_to_the_type_it_has_is_an_identity() -> None:
 
 
 @pytest.mark.parametrize("opset", [13, 18])
-@pytest.mark.parametrize(("axes", "reads"), [([2, 3], True), ([-1, -2], True), ([1, 2], False), ([0], False)])
-def test_the_mean_over_spatial_axes_is_a_pool(opset: int, axes: list[int], reads: bool) -> None:
-    if opset >= 18:
-        graph = graph_of(model([node("ReduceMean", ["x", "axes"])], constants={"axes": np.array(axes)}, opset=opset))
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax"])
+def test_reductions(op: str, kept: int, opset: int) -> None:
+    constants = {"axes": np.array([-1, 1])}
+    if opset < 18:
+        proto = model([node(op, ["x"], axes=[-1, 1], keepdims=kept)], opset=opset)
     else:
-        graph = graph_of(model([node("ReduceMean", ["x"], axes=axes)], opset=opset))
-    assert bool(list(graph.ops(ops.AveragePool))) is reads
+        proto = model([node(op, ["x", "axes"], keepdims=kept)], constants=constants, opset=opset)
+    (found,) = graph_of(proto).ops(ops.Reduction)
+    assert (found.function, found.axes, found.keeps_axes) == (op[6:].lower(), {1, 3}, bool(kept))
+
+
+def test_where_the_axes_of_a_reduction_are() -> None:
+    def reduction(*axes: int, kept: bool = False) -> ops.Reduction:
+        return ops.Reduction(None, None, None, "max", frozenset(axes), kept)
+
+    for axes in ((2, 3), (1, 2), (0,), (0, 3), (1, 3)):
+        gone = np.empty((2, 3, 4, 5)).max(axis=axes).shape
+        sizes = dict(enumerate((2, 3, 4, 5)))
+        op = reduction(*axes)
+        assert [sizes[op.axis_before(axis)] for axis in range(len(gone))] == list(gone)
+        for axis, size in sizes.items():
+            behind = op.axis_behind(axis)
+            assert (behind is None) is (axis in axes) and (behind is None or gone[behind] == size)
+            assert reduction(*axes, kept=True).axis_behind(axis) == (None if axis in axes else axis)
+            assert reduction(*axes, kept=True).axis_before(axis) == (None if axis in axes else axis)
+    assert reduction(1).axis_behind(-1) is None  # how far the last one is from the first is not known
 
 
 # -- models that are no graphs
