@@ -248,3 +248,21 @@ def test_what_is_known_of_sizes_is_what_they_are(steps: list[tuple[Any, ...]]) -
     for n, truth in truths.items():
         found = ReferenceEvaluator(result).run(None, {"x": np.zeros((n, 4, 3), np.float32)})[0]
         np.testing.assert_array_equal(found, truth)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("opset", [7, 9, 11, 13, 17])
+def test_what_an_exporter_makes_of_a_shape(opset: int) -> None:
+    """Axes are an attribute before opset 13, which the reference evaluator does not know of all operators."""
+    axes = {"axes": [0]} if opset < 13 else {}
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("Gather", ["s", "zero"], ["n"], axis=0),
+        node("Unsqueeze", ["n", "front"][: 1 if axes else 2], ["m"], **axes),
+        node("Concat", ["m", "rest"], ["t"], axis=0),
+        node("Reshape", ["x", "t"]),
+    ]
+    tensors = {"zero": np.array(0), "rest": np.array([-1, 3]), "front": np.array([0])}
+    if axes:
+        del tensors["front"]
+    result = applied(model(nodes, x=(2, 4, 3), constants=tensors, opset=opset), FOLD, bound=0)
+    assert op_types(result.graph) == ["Reshape"]

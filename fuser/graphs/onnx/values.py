@@ -7,6 +7,7 @@ model is asked.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -70,7 +71,8 @@ def evaluate(
     try:
         with np.errstate(all="ignore"):
             if node.op_type in _SAME_BITS_EVERYWHERE:
-                return _in_numpy(node, opset, feeds)
+                with contextlib.suppress(Exception):  # it takes some operators for those of a later opset
+                    return _in_numpy(node, opset, feeds)
             return _in_runtime(node, opset, feeds)
     except Exception as error:  # any failure of a single node only means that it stays in the graph
         raise CannotEvaluate(f"{node.op_type} could not be computed: {str(error).splitlines()[0]}") from error
