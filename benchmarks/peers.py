@@ -179,7 +179,7 @@ def main() -> None:
             onnx_table += onnx_rows(name, Path(folder), options.seconds)
         torch_table += torch_rows(name, options.seconds)
     header = (*ONNX_HEADER, "after / before, ORT's optimizer off", "after / before, ORT's optimizer on")
-    versions = ", ".join(f"{n} {_version(n)}" for n in OPTIMIZERS if importlib.util.find_spec(n))
+    versions = ", ".join(f"{n} {_version(n)}" for n in OPTIMIZERS if n != "fuser" and importlib.util.find_spec(n))
     body = "\n\n".join(
         (
             f"{results.machine()}\nPeers: {versions}.",

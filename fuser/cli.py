@@ -46,7 +46,7 @@ Growth = Annotated[
 ]
 
 InputShape = Annotated[
-    list[str] | None, typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="For the check; repeatable.")
+    list[str] | None, typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="Of an input; repeatable.")
 ]
 Inputs = Annotated[
     Path | None, typer.Option("--inputs", metavar="FILE", help="Data for the check: .npz, .npy, test_data_set_0/.")
