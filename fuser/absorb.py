@@ -191,16 +191,19 @@ class Walker:
         """The map on either side of an op that leaves each element in its place along the axis of the map."""
         match op:
             case AveragePool() | Resize():
-                keeps_axis = m.axis in (None, 1)
-            case MaxPool():
-                rank = self.graph.rank(op.input)
-                keeps_axis = m.axis is None or (rank is not None and 0 <= m.axis < rank - op.spatial)
+                return self._refused(op, m, m.axis in (None, 1)) or m
+            case MaxPool(spatial=moved):
+                pass
             case Pad(padding=tuple() as padding):
-                rank = self.graph.rank(op.input)
-                keeps_axis = m.axis is None or (rank is not None and 0 <= m.axis < rank - len(padding))
+                moved = len(padding)
             case _:
                 return None
-        return self._refused(op, m, keeps_axis) or m
+        if m.axis is None:
+            return self._refused(op, m, True) or m
+        rank = self.graph.rank(op.input)
+        if rank is None:
+            return _unknown_rank(self.graph.describe(op))
+        return self._refused(op, m, 0 <= m.axis < rank - moved) or m
 
     def _refused(self, op: Op, m: Map, keeps_axis: bool) -> Missed | None:
         """Why a map does not commute with what an op does to the elements along other axes."""
