@@ -191,16 +191,19 @@ class Walker:
         """The map on either side of an op that leaves each element in its place along the axis of the map."""
         match op:
             case AveragePool() | Resize():
-                keeps_axis = m.axis in (None, 1)
-            case MaxPool():
-                rank = self.graph.rank(op.input)
-                keeps_axis = m.axis is None or (rank is not None and 0 <= m.axis < rank - op.spatial)
+                return self._refused(op, m, m.axis in (None, 1)) or m
+            case MaxPool(spatial=moved):
+                pass
             case Pad(padding=tuple() as padding):
-                rank = self.graph.rank(op.input)
-                keeps_axis = m.axis is None or (rank is not None and 0 <= m.axis < rank - len(padding))
+                moved = len(padding)
             case _:
                 return None
-        return self._refused(op, m, keeps_axis) or m
+        if m.axis is None:
+            return self._refused(op, m, True) or m
+        rank = self.graph.rank(op.input)
+        if rank is None:
+            return _unknown_rank(self.graph.describe(op))
+        return self._refused(op, m, 0 <= m.axis < rank - moved) or m
 
     def _refused(self, op: Op, m: Map, keeps_axis: bool) -> Missed | None:
         """Why a map does not commute with what an op does to the elements along other axes."""
@@ -517,18 +520,18 @@ def layout_of(op: Conv | Linear) -> WeightLayout:
 
 def constants_of(graph: Graph, op: Conv | Linear) -> Constants | Missed:
     """The constants of `op`, the bias in float64 as it is added: zeros where there is none."""
-    weight = graph.constant(op.weight)
+    weight, name = graph.constant(op.weight), graph.describe(op)
     if isinstance(weight, Missed):
-        return weight
+        return Missed(weight.code, f"the weight of {name}: {weight.reason}", weight.remedy)
     alpha, beta = (op.alpha, op.beta) if isinstance(op, Linear) else (1.0, 1.0)
     outputs = layout_of(op).outputs(weight.shape)
     if op.bias is None or beta == 0:
         return Constants(weight, np.zeros(outputs), alpha)
     bias = graph.constant(op.bias)
     if isinstance(bias, Missed):
-        return bias
+        return Missed(bias.code, f"the bias of {name}: {bias.reason}", bias.remedy)
     if bias.ndim and bias.shape[-1] not in (1, outputs):
-        return Missed("shape-mismatch", f"the bias of {graph.describe(op)} has the shape {bias.shape}")
+        return Missed("shape-mismatch", f"the bias of {name} has the shape {bias.shape}")
     wide = np.broadcast_to(bias.astype(np.float64) * beta, (*bias.shape[:-1], outputs))
     return Constants(weight, wide.reshape(-1) if wide.size == outputs else wide, alpha)
 

@@ -65,7 +65,7 @@ def _batch_norm(graph: Graph, op: BatchNorm) -> AffineOp | Missed:
         value = getattr(op, field)
         found = None if value is None else graph.constant(value)
         if isinstance(found, Missed):
-            return found
+            return Missed(found.code, f"its {field}: {found.reason}", found.remedy)
         parameters[field] = found
     mean, var = parameters["mean"], parameters["var"]
     if mean is None or var is None:

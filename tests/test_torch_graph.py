@@ -419,6 +419,30 @@ def test_average_pools(host: type) -> None:
 
 
 @both_forms
+@pytest.mark.parametrize(
+    ("largest", "axes", "rank"),
+    [
+        (lambda x: x.amax((1, -1)), {1, 3}, 2),
+        (lambda x: x.amax(0, keepdim=True), {0}, 4),
+        (lambda x: torch.max(x, 2)[0], {2}, 3),
+        (lambda x: x.max(dim=-1, keepdim=True)[0], {3}, 4),
+        (lambda x: x.amax(), None, 0),
+        (lambda x: torch.amax(x, ()), None, 0),
+        (lambda x: torch.max(x), None, 0),
+        (lambda x: torch.max(x, x), None, 4),
+        (lambda x: torch.max(x, 2)[1], None, 3),
+        (lambda x: (y := torch.max(x, 2))[0] + y[1], None, 3),
+    ],
+)
+def test_maxima(host: type, largest: Callable[[Tensor], Tensor], axes: set[int] | None, rank: int) -> None:
+    net = Fn(lambda m, x: largest(m.norm(m.conv(x))), conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4))
+    graph = build(host, net, image())
+    assert [op.axes for op in graph.ops(ops.Reduction)] == ([] if axes is None else [axes])
+    for op in graph.ops(ops.Reduction):
+        assert graph.rank(op.output) == rank
+
+
+@both_forms
 def test_unbatched_pools_are_none(host: type) -> None:
     graph = build(host, Fn(lambda m, x: F.avg_pool2d(m.conv(x), 2), conv=nn.Conv2d(4, 4, 1)), image(4, 8, 8))
     assert list(graph.ops(ops.AveragePool)) == []

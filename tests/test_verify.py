@@ -358,6 +358,7 @@ def test_a_truth_that_is_far_from_the_runtime_is_not_trusted(verify: Any, monkey
     ("options", "message"),
     [
         ({"contract": "roughly"}, "contract is 'exact' or 'rounding', not 'roughly'"),
+        ({"seed": -1}, "seed must not be negative"),
         ({"input_shapes": {"z": (1,)}}, "there is no input 'z'"),
     ],
 )

@@ -78,6 +78,8 @@ def verify(
     """
     if contract not in CONTRACTS:
         raise InputError(f"contract is 'exact' or 'rounding', not {contract!r}")
+    if seed < 0:
+        raise InputError(f"seed must not be negative, and is {seed}")
     started = time.perf_counter()
     with ExitStack() as stack:
         workers = workers or stack.enter_context(Workers())

@@ -431,11 +431,12 @@ def _adaptive_average_pool(call: Call) -> ops.Op:
 
 
 def _reduction(call: Call) -> ops.Op:
+    """Along some axes; without any it is along all of them."""
     value, axes = call.required("self"), call.static("dim")
-    if axes is None or axes == [] or call.arguments.get("dtype") is not None:
+    axes = [axes] if isinstance(axes, int) else axes
+    if not axes or call.arguments.get("dtype") is not None:
         raise Unreadable
-    along = frozenset(call.axis(axis, value) for axis in ((axes,) if isinstance(axes, int) else axes))
-    function = "mean" if call.name == "mean" else "max"
+    function, along = "mean" if call.name == "mean" else "max", frozenset(call.axis(axis, value) for axis in axes)
     return ops.Reduction(call.node, _largest(call), value, function, along, bool(call.static("keepdim")))
 
 
