@@ -13,7 +13,19 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
-from fuser.ops import AveragePool, Conv, MaxPool, Op, Pad, Padding, SplitSequence, Value
+from fuser.ops import (
+    AveragePool,
+    Concat,
+    Conv,
+    MaxPool,
+    Op,
+    Pad,
+    Padding,
+    Reshape,
+    SplitSequence,
+    Transpose,
+    Value,
+)
 from fuser.remarks import Missed
 
 Array: TypeAlias = np.ndarray[Any, Any]
@@ -142,6 +154,18 @@ class Graph(Protocol):
 
     def set_input(self, op: Op, value: Value) -> None:
         """Let the op read `value`, which may be of another size, as its input."""
+        ...
+
+    def set_inputs(self, op: Concat, values: Sequence[Value]) -> None:
+        """Let the op join other values, which together are as large as its own."""
+        ...
+
+    def set_permutation(self, op: Transpose, permutation: Sequence[int]) -> None:
+        """Let the op permute the axes like this."""
+        ...
+
+    def set_shape(self, op: Reshape) -> None:
+        """Let an `absolute` op say the shape of its output without that of its input, which may be of another one."""
         ...
 
     def replace_with_constant(self, op: Op) -> None:

@@ -144,7 +144,8 @@ class Reshape(Movement):
     """y has the elements of `input` in the same order in another shape: Flatten, Squeeze, Unsqueeze too.
 
     front, back: so many axes in front, and at the back, are sure to be those of the input, whatever the sizes are.
-    absolute: the shape of y does not depend on that of `input`, but for its number of elements.
+    absolute: the shape of y does not depend on that of `input`, but for its number of elements, or
+        `Graph.set_shape` can say it like that.
     """
 
     front: int = 0

@@ -18,7 +18,8 @@ from hosts_torch import Traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import Net
-from onnx_models import model, node, op_types
+from onnx.reference import ReferenceEvaluator
+from onnx_models import body, model, node, op_types
 from rewriting import DOUBLE, applied, refused, rewritten
 from torch import Tensor, nn
 
@@ -31,7 +32,9 @@ Wiring = Callable[[Net, Tensor], Tensor]
 NETS: dict[str, tuple[Wiring, int]] = {
     "transpose-back": (lambda m, x: x.exp().transpose(1, 3).transpose(1, 3) + 1, 1),
     "permute-back": (lambda m, x: x.exp().permute(0, 2, 3, 1).permute(0, 3, 1, 2) + 1, 1),
-    "permute-on": (lambda m, x: x.exp().permute(0, 2, 3, 1).permute(0, 2, 3, 1) + 1, 0),
+    "permute-on": (lambda m, x: x.exp().permute(0, 2, 3, 1).permute(0, 2, 3, 1) + 1, 1),
+    "transpose-on": (lambda m, x: x.exp().transpose(1, -1).permute(0, 2, 3, 1) + 1, 1),
+    "permute-read": (lambda m, x: (y := x.exp().permute(0, 2, 3, 1)).permute(0, 2, 3, 1).flatten() + y.flatten(), 0),
     "reshape-back": (lambda m, x: x.exp().reshape(2, 4, 16).reshape(2, 4, 4, 4) + 1, 1),
     "reshape-on": (lambda m, x: x.exp().reshape(2, 64).reshape(8, 16) + 1, 1),
 }
@@ -40,6 +43,8 @@ NETS: dict[str, tuple[Wiring, int]] = {
 ELSEWHERE = {
     ("Onnx", "transpose-back"): 0,  # the exporter has done that
     ("Onnx", "permute-back"): 0,
+    ("Onnx", "permute-on"): 0,
+    ("Onnx", "transpose-on"): 0,
     ("Traced", "transpose-back"): 0,  # the rank is not known
 }
 
@@ -62,22 +67,69 @@ def test_the_same_bits_without_the_detour(host: Any, name: str) -> None:
 def test_exactly_the_inverse_goes(p: list[int], q: list[int]) -> None:
     nodes = [node("Transpose", ["x"], ["a"], perm=p), node("Transpose", ["a"], ["b"], perm=q), node("Neg", ["b"])]
     _, result = rewritten(model(nodes, x=(2, 3, 4, 5)), EliminateIdentity(), ELIMINATE)
-    undone = np.zeros((2, 3, 4, 5)).transpose(p).transpose(q).shape == (2, 3, 4, 5)
-    still = sum(permutation != [0, 1, 2, 3] for permutation in (p, q))
-    assert op_types(result.graph).count("Transpose") == (0 if undone else still)
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 5)).astype(np.float32)
+    both = x.transpose(p).transpose(q)
+    assert op_types(result.graph).count("Transpose") == (both.shape != x.shape)
+    np.testing.assert_array_equal(ReferenceEvaluator(result).run(None, {"x": x})[0], -both)
 
 
 @pytest.mark.parametrize(
-    ("second", "count"),
-    [([2, -1], 1), ([0, -1], 0), ([-1, 8, 8], 1), ([-1, 0], 0)],
-    ids=["says-all", "copies-a-size", "another-rank", "copies-the-last"],
+    "second",
+    [[2, -1], [0, -1], [-1, 8, 8], [-1, 0]],
+    ids=["says-all", "copies", "another-rank", "copies-the-last"],
 )
-def test_a_size_that_is_copied_matters(second: list[int], count: int) -> None:
+def test_a_size_that_is_copied_is_said(second: list[int]) -> None:
     nodes = [node("Reshape", ["x", "s"], ["a"]), node("Reshape", ["a", "t"], ["b"]), node("Neg", ["b"])]
     constants = {"s": np.array([8, -1]), "t": np.array(second)}
-    outcome, result = rewritten(model(nodes, x=(2, 4, 8, 8), constants=constants), ELIMINATE)
-    assert len(outcome.applied) == count
-    assert op_types(result.graph).count("Reshape") == 2 - count
+    proto = model(nodes, x=("N", 4, "M", 8), constants=constants)
+    outcome, result = rewritten(proto, ELIMINATE)
+    assert len(outcome.applied) == 1
+    assert op_types(result.graph) == ["Reshape", "Neg"]
+    x = np.random.default_rng(0).standard_normal((3, 4, 2, 8)).astype(np.float32)
+    before, after = (ReferenceEvaluator(one).run(None, {"x": x})[0] for one in (proto, result))
+    np.testing.assert_array_equal(after, before)
+
+
+@pytest.mark.parametrize("batch", [2, "N"])
+@pytest.mark.parametrize("opset", [7, 11, 17, 21])
+def test_what_only_changes_the_shape_is_one_reshape(opset: int, batch: int | str) -> None:
+    def axes(*numbers: int) -> tuple[list[str], dict[str, list[int]]]:
+        return ([f"axes{numbers[0]}"], {}) if opset >= 13 else ([], {"axes": list(numbers)})
+
+    (first, one), (second, two) = axes(1), axes(3)
+    nodes = [
+        node("Flatten", ["x"], ["f"], axis=1),
+        node("Unsqueeze", ["f", *first], ["u"], **one),
+        node("Unsqueeze", ["u", *second], ["v"], **two),
+        node("Squeeze", ["v", *first], ["s"], **one),
+        node("Neg", ["s"]),
+    ]
+    constants = {"axes1": np.array([1]), "axes3": np.array([3])} if opset >= 13 else {}
+    proto = model(nodes, x=(batch, 4, 3), constants=constants, opset=opset, dtype=DOUBLE)
+    result = applied(proto, ELIMINATE, bound=0)
+    assert op_types(result.graph) == ["Reshape", "Neg"]
+    assert not rewritten(result, ELIMINATE)[0].applied
+
+
+def test_an_empty_shape_is_not_said() -> None:
+    """A zero in the target of a Reshape copies a size."""
+    nodes = [node("Unsqueeze", ["x", "a"], ["u"]), node("Unsqueeze", ["u", "a"], ["v"]), node("Neg", ["v"])]
+    assert refused(model(nodes, x=(2, 0, 4), constants={"a": np.array([0])}), ELIMINATE) == {}
+
+
+def test_two_sizes_that_are_not_known_are_not_said() -> None:
+    nodes = [node("Unsqueeze", ["x", "a"], ["u"]), node("Unsqueeze", ["u", "a"], ["v"]), node("Neg", ["v"])]
+    assert refused(model(nodes, x=("N", 3, "M"), constants={"a": np.array([0])}), ELIMINATE) == {}
+
+
+def test_a_transpose_in_a_body_that_may_run_often_stays_there() -> None:
+    branch = [node("Transpose", ["t"], ["b"], perm=[1, 2, 0, 3])]
+    nodes = [
+        node("Transpose", ["x"], ["t"], perm=[1, 2, 0, 3]),
+        node("If", ["yes"], then_branch=body(branch, ["b"]), else_branch=body([node("Neg", ["x"], ["c"])], ["c"])),
+    ]
+    proto = model(nodes, x=(4, 4, 4, 4), constants={"yes": np.array(True)})
+    assert refused(proto, ELIMINATE) == {}
 
 
 def test_a_reshape_that_others_read_stays() -> None:

@@ -32,6 +32,8 @@ from fuser.graphs.onnx.readers import (
     Unreadable,
     bias_add,
     bias_position,
+    says_all,
+    target_shape,
 )
 from fuser.graphs.onnx.sequences import split_sequence
 from fuser.graphs.onnx.values import CannotEvaluate, Shape, elements, numpy_dtype
@@ -40,6 +42,7 @@ from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
     SMALL_CONSTANT,
     AveragePool,
+    Concat,
     Constant,
     Conv,
     Dead,
@@ -52,7 +55,9 @@ from fuser.ops import (
     Op,
     Pad,
     Padding,
+    Reshape,
     SplitSequence,
+    Transpose,
     Value,
 )
 from fuser.remarks import Missed
@@ -338,6 +343,32 @@ class OnnxGraph:
         self.wiring.set_input(node, position, value)
         if (producer := self.producer(old)) is not None:
             self._note_origin(node, producer)
+        self.edits += 1
+
+    def set_inputs(self, op: Concat, values: Sequence[Value]) -> None:
+        producers = [producer for tensor in op.inputs if (producer := self.producer(tensor)) is not None]
+        self.wiring.truncate_inputs(op.node, 0)
+        for position, value in enumerate(values):
+            self.wiring.set_input(op.node, position, value)
+        for producer in producers:
+            if not self.wiring.is_read(producer):
+                self._note_origin(op.node, producer)
+        self.edits += 1
+
+    def set_permutation(self, op: Transpose, permutation: Sequence[int]) -> None:
+        self.wiring.set_attribute(op.node, "perm", list(permutation))
+        self.edits += 1
+
+    def set_shape(self, op: Reshape) -> None:
+        node: gs.Node = op.node
+        if node.op == "Reshape" and says_all(self, node):
+            return
+        shape = np.array(target_shape(self, op.output), np.int64)
+        self.wiring.truncate_inputs(node, 1)
+        constant = self._new_constant(self.wiring.scope(node), f"{op.output.name}.shape", shape, node)
+        self.wiring.set_input(node, 1, constant)
+        node.op = "Reshape"
+        node.attrs.clear()
         self.edits += 1
 
     def replace_with_constant(self, op: Op) -> None:

@@ -275,13 +275,22 @@ def _is_lossless(narrow: int, wide: int | None) -> bool:
 
 
 def _reshape(n: NodeReader) -> ops.Op:
-    return ops.Reshape(n.node, n.output, n.required(0), absolute=n.node.op == "Reshape" and _says_all(n))
+    absolute = (n.node.op == "Reshape" and says_all(n.graph, n.node)) or target_shape(n.graph, n.output) is not None
+    return ops.Reshape(n.node, n.output, n.required(0), absolute=absolute)
 
 
-def _says_all(n: NodeReader) -> bool:
+def says_all(graph: OnnxGraph, reshape: gs.Node) -> bool:
     """Whether the target of a Reshape copies no size from its input, as a 0 does."""
-    target = n.graph.constant(n.required(1))
-    return not isinstance(target, Missed) and bool((target != 0).all() or n.attribute("allowzero", 0))
+    target = graph.constant(reshape.inputs[1])
+    return not isinstance(target, Missed) and bool((target != 0).all() or reshape.attrs.get("allowzero", 0))
+
+
+def target_shape(graph: OnnxGraph, value: gs.Tensor) -> list[int] | None:
+    """What a Reshape may be given to make the shape that `value` has; one size may be left to it."""
+    shape = graph.shape(value)
+    if shape is None or 0 in shape or sum(not isinstance(size, int) for size in shape) > 1:
+        return None
+    return [size if isinstance(size, int) else -1 for size in shape]
 
 
 def _expand(n: NodeReader) -> ops.Op:

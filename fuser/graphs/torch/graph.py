@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from fuser.graph import Array, Dim, Reader, Summary
-from fuser.graphs.torch.calls import aten, bind, signature
+from fuser.graphs.torch.calls import aten, bind, signature, write
 from fuser.graphs.torch.captured import CapturedCarrier
 from fuser.graphs.torch.carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
 from fuser.graphs.torch.constants import Constants
@@ -56,6 +56,7 @@ from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
     SMALL_CONSTANT,
     AveragePool,
+    Concat,
     Constant,
     Conv,
     Dead,
@@ -67,6 +68,7 @@ from fuser.ops import (
     Padding,
     Reshape,
     SplitSequence,
+    Transpose,
     Value,
 )
 from fuser.remarks import Missed
@@ -367,6 +369,23 @@ class TorchGraph:
         self._wiring.loosen(old)
         self._wiring.meta.refresh(node)
         self.edits += 1
+
+    def set_inputs(self, op: Concat, values: Sequence[Value]) -> None:
+        node: fx.Node = op.node
+        found = signature(node)
+        assert found is not None
+        write(node, found, "tensors", list(values))
+        self._wiring.loosen(*op.inputs)
+        self.edits += 1
+
+    def set_permutation(self, op: Transpose, permutation: Sequence[int]) -> None:
+        node: fx.Node = op.node
+        target: Any = aten.permute.default if isinstance(node.target, OpOverload) else torch.permute
+        self._wiring.become(node, target, op.input, list(permutation))
+        self.edits += 1
+
+    def set_shape(self, op: Reshape) -> None:
+        """Nothing to do: what is `absolute` here says its shape as it is."""
 
     def replace_with_constant(self, op: Op) -> None:
         node: fx.Node = op.node

@@ -138,7 +138,7 @@ class Wiring:
         node.graph.erase_node(node)
         self._erased.add(node)
 
-    def become(self, node: fx.Node, target: Callable[..., object], *args: fx.Node, **kwargs: Any) -> None:
+    def become(self, node: fx.Node, target: Callable[..., object], *args: Any, **kwargs: Any) -> None:
         """Let the node call another function; its readers stay."""
         self._loose += node.all_input_nodes
         if node.op == "call_module":
