@@ -317,7 +317,7 @@ CASES: dict[str, Case] = {
         ),
         (2, 4, 8),
         {"axis-mismatch": 1},
-        {"Onnx": None},
+        {"Onnx": None, "Traced": {"rank": 1}},
     ),
     "padded-between": Case(
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.ZeroPad2d(1), nn.BatchNorm2d(6)), (2, 4, 8, 8), {"padding": 1}
