@@ -6,7 +6,8 @@ Each network is taken as torch exports it raw, after the optimizer of torch's de
 Optimizers run in processes of their own, with a time limit; their seconds leave out imports, and fuser's the proof.
 A result is right where it is no further from the module in float64 than ten times the unoptimized model is, or one
 part in a hundred thousand; what is not is marked.  For networks with parallel branches the plain model is also
-compared with what timm's own `reparameterize_model` makes of it, after the same optimization.
+compared with what timm's own `reparameterize_model` makes of it, after the same optimization: what is left, and how
+fast that is.
 """
 
 from __future__ import annotations
@@ -190,7 +191,7 @@ class Crew:
     def onnx_row(self, net: str, source: str, path: Path, x: Array, truth: Array) -> Row:
         row = Row(net, source, self.look(path, x, truth), {})
         for tool in self.tools:
-            target = path.with_name(f"{path.stem}.{tool}.onnx")
+            target = optimized(path, tool)
             try:
                 seconds, codes = self.call(tool, "coverage:by_tool", tool, str(path), str(target))
                 left = self.look(target, x, truth)
@@ -219,7 +220,7 @@ class Crew:
             model = reparameterize_model(model).eval()
         x = architectures.example_for(model)
         exported = torch.export.export(model, (x,))
-        program, raw, default = (folder / name for name in ("model.pt2", "raw.onnx", "default.onnx"))
+        program, (raw, default) = folder / "model.pt2", files_in(folder)
         torch.export.save(exported, program)
         architectures.export_raw(model, raw, x, default)
         truth = _truth(model, x)
@@ -231,8 +232,38 @@ class Crew:
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.DOUBLE, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
+def files_in(folder: Path) -> list[Path]:
+    """The raw and the default export, in the order of SOURCES."""
+    return [folder / "raw.onnx", folder / "default.onnx"]
+
+
+def optimized(path: Path, tool: str) -> Path:
+    return path.with_name(f"{path.stem}.{tool}.onnx")
+
+
+def oracle_rows(crew: Crew, net: str, plain: Sequence[Row], folder: Path, seconds: float) -> Iterator[list[str]]:
+    """The plain network and the one that timm merged, both optimized by fuser, from each source.
+
+    folder: where the files of the plain one are.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        merged = list(crew.rows(net, Path(name), merged=True))
+        pairs = zip(files_in(Path(name)), files_in(folder), strict=True)
+        latencies = [ratio(optimized(theirs, FUSER), optimized(ours, FUSER), seconds) for theirs, ours in pairs]
+    for a, b, latency in zip(plain, merged, [*latencies, ""], strict=True):
+        yield [*oracle_cells(a, b), latency]
+
+
+def ratio(before: Path, after: Path, seconds: float) -> str:
+    """The ratio of the latencies under the runtime's own optimizer."""
+    if not (before.exists() and after.exists()):
+        return ""
+    (result,) = fuser.benchmark(before, after, seconds=seconds, arms=["ort-on"]).arms
+    return " ".join(results.comparison(result)[2:])
+
+
 def oracle_cells(plain: Row, merged: Row) -> list[str]:
-    """The plain network and the one that timm merged, both optimized by fuser."""
+    """What is left of the two, and whether the plain one is right."""
     ours, theirs = plain.after[FUSER], merged.after[FUSER]
     if ours.problem or theirs.problem:
         return [plain.net, plain.source, ours.problem, theirs.problem, "", ""]
@@ -275,6 +306,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", action="append", help="repeatable, `timm/NAME` for one of timm's; default: all")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which a tool is given up")
+    parser.add_argument("--seconds", type=float, default=10.0, help="for each latency against timm's merged network")
     parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
     options = parser.parse_args()
     has_timm = importlib.util.find_spec("timm") is not None
@@ -286,15 +318,13 @@ def main() -> None:
             print(net, file=sys.stderr)
             with tempfile.TemporaryDirectory() as folder:
                 plain = list(crew.rows(net, Path(folder)))
-            rows += plain
-            if net.removeprefix("timm/") in architectures.REPARAMETERIZABLE:
-                with tempfile.TemporaryDirectory() as folder:
-                    merged = list(crew.rows(net, Path(folder), merged=True))
-                oracle += [oracle_cells(a, b) for a, b in zip(plain, merged, strict=True)]
+                rows += plain
+                if net.removeprefix("timm/") in architectures.REPARAMETERIZABLE:
+                    oracle += oracle_rows(crew, net, plain, Path(folder), options.seconds)
         body = report(rows, oracle, crew.tools)
     print(body)
     if options.write:
-        results.write("Coverage", "python benchmarks/coverage.py --write", body)
+        results.write("Coverage", body)
 
 
 def report(rows: Sequence[Row], oracle: Sequence[list[str]], tools: Sequence[str]) -> str:
@@ -308,6 +338,7 @@ def report(rows: Sequence[Row], oracle: Sequence[list[str]], tools: Sequence[str
     ]
     if oracle:
         header = ("network", "source", "plain, nodes", "merged by timm, nodes", "parameters, ours / timm's", "result")
+        header = (*header, "latency, ours / timm's, ORT's optimizer on")
         parts.append(results.table(header, oracle))
     return "\n\n".join([*parts, "\n".join(totals(rows))])
 

@@ -63,7 +63,7 @@ def main() -> None:
     body = f"{results.machine('cuda')}\n\n{results.table(HEADER, table)}"
     print(body)
     if options.write:
-        results.write("On a GPU", "python benchmarks/gpu.py --write", body)
+        results.write("On a GPU", body)
 
 
 if __name__ == "__main__":

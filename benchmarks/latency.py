@@ -71,7 +71,7 @@ def main() -> None:
     if options.json:
         options.json.write_text(json.dumps(raw))
     if options.write:
-        results.write("Latency before and after", "python benchmarks/latency.py --write", body)
+        results.write("Latency before and after", body)
 
 
 if __name__ == "__main__":

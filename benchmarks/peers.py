@@ -27,6 +27,7 @@ import results
 import torch
 
 import fuser
+from fuser import foreign
 from fuser.bench import Benchmark
 from fuser.bench.instance import peak_memory
 from fuser.bench.render import byte_count, seconds
@@ -43,32 +44,8 @@ def by_fuser(source: str, target: str) -> None:
     fuser.optimize(source, target)
 
 
-def by_onnxsim(source: str, target: str) -> None:
-    import onnxsim
-
-    model, _ = onnxsim.simplify(onnx.load(source))
-    onnx.save(model, target)
-
-
-def by_onnxslim(source: str, target: str) -> None:
-    import onnxslim
-
-    onnx.save(onnxslim.slim(onnx.load(source)), target)
-
-
-def by_onnxoptimizer(source: str, target: str) -> None:
-    import onnxoptimizer
-
-    onnx.save(onnxoptimizer.optimize(onnx.load(source), onnxoptimizer.get_fuse_and_elimination_passes()), target)
-
-
-def by_onnxscript(source: str, target: str) -> None:
-    import onnxscript.optimizer
-
-    onnx.save(onnxscript.optimizer.optimize(onnx.load(source)), target)
-
-
 def by_onnxruntime(source: str, target: str) -> None:
+    """With fusions into operators of its own, which a file for this runtime alone may have."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.optimized_model_filepath = target
@@ -78,10 +55,7 @@ def by_onnxruntime(source: str, target: str) -> None:
 
 OPTIMIZERS: dict[str, Callable[[str, str], None]] = {
     "fuser": by_fuser,
-    "onnxsim": by_onnxsim,
-    "onnxslim": by_onnxslim,
-    "onnxoptimizer": by_onnxoptimizer,
-    "onnxscript": by_onnxscript,
+    **{name: getattr(foreign, name) for name in foreign.STEPS},
     "onnxruntime": by_onnxruntime,
 }
 
@@ -205,7 +179,7 @@ def main() -> None:
             onnx_table += onnx_rows(name, Path(folder), options.seconds)
         torch_table += torch_rows(name, options.seconds)
     header = (*ONNX_HEADER, "after / before, ORT's optimizer off", "after / before, ORT's optimizer on")
-    versions = ", ".join(f"{n} {_version(n)}" for n in OPTIMIZERS if importlib.util.find_spec(n))
+    versions = ", ".join(f"{n} {_version(n)}" for n in OPTIMIZERS if n != "fuser" and importlib.util.find_spec(n))
     body = "\n\n".join(
         (
             f"{results.machine()}\nPeers: {versions}.",
@@ -215,7 +189,7 @@ def main() -> None:
     )
     print(body)
     if options.write:
-        results.write("Side by side", "python benchmarks/peers.py --write", body)
+        results.write("Side by side", body)
 
 
 def _version(name: str) -> str:

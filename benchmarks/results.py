@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import datetime
+import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,8 +44,9 @@ def comparison(result: ArmResult) -> list[str]:
     return [*medians, interval(result.comparison.change), result.comparison.verdict.word]
 
 
-def write(section: str, command: str, body: str, path: Path = RESULTS) -> None:
-    """Put `body` under the heading `section`; the other sections stay as they are."""
+def write(section: str, body: str, path: Path = RESULTS) -> None:
+    """Put `body` under the heading `section`, with the command that runs; the other sections stay as they are."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     text = path.read_text() if path.exists() else TITLE
     parts = text.rstrip().split("\n## ")
     new = f"{section}\n\n`{command}`\n\n{body}"

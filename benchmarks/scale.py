@@ -4,9 +4,10 @@
     python benchmarks/scale.py --triples 1000 4000
     python benchmarks/scale.py --peers              # every peer that is installed runs on the same files
     python benchmarks/scale.py --large              # also 0.94 GB in one file, and 4 GB with external data
+    python benchmarks/scale.py --write              # put the tables into benchmarks/RESULTS.md
 
-Every run is a fresh process.  Seconds are its wall time without the start of the interpreter and its imports, of
-short runs the best of three; memory is the highest resident set of any process of the run.  The exponent is the slope
+Every run is a fresh process.  Seconds are its wall time without the start of the interpreter and its imports, the
+best of three; memory is the highest resident set of any process of the run.  The exponent is the slope
 of log(seconds) over log(nodes): 1 is linear, 2 quadratic.  A tool that takes longer than `--timeout` is said so, and
 not asked for what is larger still.  "fuser" rewrites and checks each rewrite on a window, "fuser, verified" also runs
 both models and compares them, which no peer does unless asked.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -25,14 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import results
 from onnx import TensorProto, helper, numpy_helper
-from rich.console import Console
-from rich.table import Table
 
 CHANNELS = 4
 
-SHORT = 3.0
-"""Seconds up to which a run is repeated."""
+REPEATS = 3
 
 RUN = """
 import json, resource, time
@@ -160,7 +158,7 @@ def measure(tool: str, source: Path, timeout: float, whole: bool) -> tuple[float
     options = {"source": str(source), "target": str(target), "whole": repr("whole" if whole else True)}
     script = RUN.format(setup=setup, call=call.format(**options))
     best: tuple[float, float] | None = None
-    for _ in range(3):
+    for _ in range(REPEATS):
         try:
             done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
@@ -173,8 +171,6 @@ def measure(tool: str, source: Path, timeout: float, whole: bool) -> tuple[float
         seconds, megabytes = json.loads(done.stdout.strip().splitlines()[-1])
         if best is None or seconds < best[0]:
             best = seconds, megabytes
-        if seconds > SHORT:
-            break
     assert best is not None
     return best
 
@@ -184,9 +180,9 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
-def compare(title: str, files: Iterator[Path], tools: list[str], timeout: float, whole: bool = False) -> Table:
-    """A row for each file, largest last, a column for each tool; then the exponents."""
-    table = Table("nodes", "MB", *[f"{tool}: s, MB" for tool in tools], title=title, box=None, title_justify="left")
+def compare(title: str, files: Iterator[Path], tools: list[str], timeout: float, whole: bool = False) -> str:
+    """A table with a row for each file, largest last, and a column for each tool; then the exponents."""
+    rows: list[list[str]] = []
     times: dict[str, list[tuple[int, float]]] = {tool: [] for tool in tools}
     late: set[str] = set()
     for path in files:
@@ -201,11 +197,12 @@ def compare(title: str, files: Iterator[Path], tools: list[str], timeout: float,
             else:
                 row.append(f"{found[0]:.2f}, {found[1]:,.0f}")
                 times[tool].append((nodes, found[0]))
-        table.add_row(*row)
+        rows.append(row)
+        print(f"{title}: {', '.join(row)}", file=sys.stderr)
     slopes = [exponent(*map(list, zip(*t, strict=True))) if len(t) > 1 else None for t in times.values()]
     if any(slope is not None for slope in slopes):
-        table.add_row("exponent", "", *["" if slope is None else f"{slope:.2f}" for slope in slopes])
-    return table
+        rows.append(["exponent", "", *["" if slope is None else f"{slope:.2f}" for slope in slopes]])
+    return f"{title}:\n\n{results.table(['nodes', 'MB', *(f'{tool}: s, MB' for tool in tools)], rows)}"
 
 
 def saved(folder: Path, models: Iterable[onnx.ModelProto]) -> Iterator[Path]:
@@ -224,26 +221,28 @@ def main() -> None:
     )
     parser.add_argument("--peers", action="store_true", help="also every peer that is installed")
     parser.add_argument("--timeout", type=float, default=60, help="seconds for one run")
+    parser.add_argument("--write", action="store_true", help="put the tables into benchmarks/RESULTS.md")
     options = parser.parse_args()
     ours = [tool for tool in TOOLS if tool.startswith("fuser")]
     tools = ours + [tool for tool in TOOLS if tool not in ours and options.peers and usable(tool)]
-    console = Console(width=200)
-    console.print(f"{os.cpu_count()} cores, Python {sys.version.split()[0]}, onnx {onnx.__version__}")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        chains = saved(folder, (chain(n) for n in options.triples))
-        console.print(compare("chains of Conv, BatchNorm, Relu", chains, tools, options.timeout))
-        branches = saved(folder, (wide(n) for n in options.triples[:-1]))
-        console.print(
-            compare("one value read by thousands, whose results one Concat joins", branches, tools, options.timeout)
-        )
-        if options.large:
-            large = saved(folder, (chain(n, channels=512, kernel=3) for n in (100,)))
-            console.print(
-                compare("100 convolutions of 512x512x3x3 in one file", large, tools, options.timeout, whole=True)
-            )
-            huge = iter([external(folder, 430)])
-            console.print(compare("430 of them with external data", huge, ours[:1], 10 * options.timeout))
+        body = "\n\n".join([results.machine(), *tables(Path(name), tools, options)])
+    print(body)
+    if options.write:
+        results.write("Scale", body)
+
+
+def tables(folder: Path, tools: list[str], options: argparse.Namespace) -> Iterator[str]:
+    """Each of the tables that were asked for."""
+    chains = saved(folder, (chain(n) for n in options.triples))
+    yield compare("Chains of Conv, BatchNorm, Relu", chains, tools, options.timeout)
+    branches = saved(folder, (wide(n) for n in options.triples[:-1]))
+    yield compare("One value read by thousands, whose results one Concat joins", branches, tools, options.timeout)
+    if options.large:
+        large = saved(folder, (chain(n, channels=512, kernel=3) for n in (100,)))
+        yield compare("100 convolutions of 512x512x3x3 in one file", large, tools, options.timeout, whole=True)
+        huge = iter([external(folder, 430)])
+        yield compare("430 of them with external data", huge, tools[:1], 10 * options.timeout)
 
 
 def usable(tool: str) -> bool:

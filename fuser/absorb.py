@@ -26,13 +26,16 @@ from fuser.ops import (
     Elementwise,
     Identity,
     Linear,
+    MaxPool,
     Op,
+    Pad,
+    Reduction,
     Reshape,
     Resize,
     Transpose,
     Value,
 )
-from fuser.remarks import Missed
+from fuser.remarks import GIVE_SHAPES, Missed
 from fuser.rewrite import HOOKED
 
 MAX_BRANCHES = 64
@@ -40,7 +43,6 @@ MAX_BRANCHES = 64
 
 MAX_SPREAD = 1 << 24
 """How many elements a map may be spread over to follow it through a change of shape."""
-
 
 MAX_COPY = 1 << 22
 """How many elements a copy of a shared weight may have: more than a convolution's, less than a table of embeddings'."""
@@ -89,6 +91,21 @@ class Walker:
 
     graph: Graph
     shared_weights: str = "copy"
+
+    def around(self, operand: Value, value: Value, m: Map, enlarged: Missed | None = None) -> Absorption | Missed:
+        """Absorb a map into what produces its operand, or else into all that read `value`, its result.
+
+        enlarged: why the operand may not be as large as the result, so that readers of the one cannot have the other.
+        """
+        backward = self.into_producer(operand, m)
+        if isinstance(backward, Absorption):
+            return backward
+        forward = self.into_readers(operand, value, m)
+        if isinstance(forward, Absorption):
+            return enlarged or forward
+        refusals = [missed for missed in (backward, forward) if missed.code != "no-linear"] or [backward, forward]
+        reason = "; ".join(dict.fromkeys(missed.reason for missed in refusals))
+        return Missed(refusals[-1].code, reason, refusals[-1].remedy)
 
     def into_producer(self, value: Value, m: Map) -> Absorption | Missed:
         """Absorb a map of `value` into what produces the value.
@@ -162,20 +179,50 @@ class Walker:
                 return m
             case Transpose():
                 return m if m.axis is None else m.along(op.permutation[m.axis])
-            case AveragePool() | Resize():
-                if m.axis not in (None, 1):
-                    return Missed("axis-mismatch", f"{self.graph.describe(op)} averages over axis {m.axis}")
-                if isinstance(op, AveragePool) and op.pads_counted and m.affine.shift.any():
-                    return Missed("padding", f"{self.graph.describe(op)} averages over padding zeros, too")
-                return m
             case Reshape():
                 return self._through_reshape(op, op.output, op.input, m)
-        return Missed("no-linear", f"{self.graph.describe(op)}, which feeds it, is not a linear operator")
+            case Reduction():
+                axis = None if m.axis is None else op.axis_before(m.axis)
+                return self._refused(op, m, m.axis is None or axis is not None) or m.along(axis or 0)
+        found = self._in_place(op, m)
+        return found or Missed("no-linear", f"{self.graph.describe(op)}, which feeds it, is not a linear operator")
+
+    def _in_place(self, op: Op, m: Map) -> Map | Missed | None:
+        """The map on either side of an op that leaves each element in its place along the axis of the map."""
+        match op:
+            case AveragePool() | Resize():
+                return self._refused(op, m, m.axis in (None, 1)) or m
+            case MaxPool(spatial=moved):
+                pass
+            case Pad(padding=tuple() as padding):
+                moved = len(padding)
+            case _:
+                return None
+        if m.axis is None:
+            return self._refused(op, m, True) or m
+        rank = self.graph.rank(op.input)
+        if rank is None:
+            return _unknown_rank(self.graph.describe(op))
+        return self._refused(op, m, 0 <= m.axis < rank - moved) or m
+
+    def _refused(self, op: Op, m: Map, keeps_axis: bool) -> Missed | None:
+        """Why a map does not commute with what an op does to the elements along other axes."""
+        name = self.graph.describe(op)
+        if not keeps_axis:
+            return Missed("axis-mismatch", f"{name} mixes or moves what is on axis {m.axis}")
+        match op:
+            case AveragePool(pads_counted=True) if m.affine.shift.any():
+                return Missed("padding", f"{name} averages over padding zeros, too")
+            case MaxPool() | Reduction(function="max") if not (m.affine.scale > 0).all():
+                return Missed("not-monotone", f"{name} takes the largest elements, and not all factors are positive")
+            case Pad(mode="constant") if _adds_elements(op) and not _keeps(m.affine, op.value):
+                return Missed("padding", f"{name} adds elements that it would change")
+        return None
 
     def _concat_after(self, op: Concat, m: Map, depth: int) -> Takes:
         parts = [m.affine] * len(op.inputs)
         if m.axis is not None and m.axis == op.axis:
-            sizes = self._sizes(op)
+            sizes = self._sizes(op, m.affine.channels)
             if isinstance(sizes, Missed):
                 return sizes
             if sum(sizes) != m.affine.channels:
@@ -184,10 +231,20 @@ class Walker:
         return self._all_back([(v, Map(a, m.axis)) for v, a in zip(op.inputs, parts, strict=True)], depth)
 
     def _sum_after(self, op: Elementwise, m: Map, depth: int) -> Takes:
-        left, right = self.graph.shape(op.left), self.graph.shape(op.right)
-        if left is None or left != right or None in left:
-            return Missed("no-linear", f"{self.graph.describe(op)}, which feeds it, is not a sum of equal shapes")
-        return self._all_back([(op.left, m), (op.right, Map(m.affine.scale_only(), m.axis))], depth)
+        """s (a + b) + t = (s a + t) + s b, also where one of the two is broadcast along other axes.
+
+        That it has all channels is told by its producer in the end, which has to have as many as the map.
+        """
+        left, right = self.graph.rank(op.left), self.graph.rank(op.right)
+        shift, scale = m.affine, m.affine.scale_only()
+        if m.axis is None:
+            return self._all_back([(op.left, Map(shift, None)), (op.right, Map(scale, None))], depth)
+        if left is None or right is None:
+            return _unknown_rank(self.graph.describe(op))
+        axes = [m.axis + rank - max(left, right) for rank in (left, right)]
+        if min(axes) < 0:
+            return Missed("axis-mismatch", f"one operand of {self.graph.describe(op)} does not have axis {m.axis}")
+        return self._all_back([(op.left, Map(shift, axes[0])), (op.right, Map(scale, axes[1]))], depth)
 
     def _all_back(self, branches: Sequence[tuple[Value, Map]], depth: int) -> Takes:
         takes: list[Take] = []
@@ -260,11 +317,13 @@ class Walker:
                 return m
             case Transpose():
                 return m if m.axis is None else m.along(op.permutation.index(m.axis % len(op.permutation)))
-            case AveragePool() | Resize():
-                return self._before(op, m)  # the channels stay where they are
             case Reshape():
                 return self._through_reshape(op, op.input, op.output, m)
-        return Missed("no-linear", f"{self.graph.describe(op)}, which reads it, cannot take it")
+            case Reduction():
+                axis = None if m.axis is None else op.axis_behind(m.axis)
+                return self._refused(op, m, m.axis is None or axis is not None) or m.along(axis or 0)
+        found = self._in_place(op, m)
+        return found or Missed("no-linear", f"{self.graph.describe(op)}, which reads it, cannot take it")
 
     def _in_concat(self, value: Value, op: Concat, m: Map) -> Map | Missed:
         """The map on a concatenation that does nothing to the other inputs."""
@@ -380,12 +439,15 @@ class Walker:
             )
         return None
 
-    def _sizes(self, op: Concat) -> list[int] | Missed:
-        """How much of the axis that is joined belongs to each input."""
+    def _sizes(self, op: Concat, total: int | None = None) -> list[int] | Missed:
+        """How much of the axis that is joined belongs to each input; one of them may have what is left of `total`."""
         sizes = [self._size(value, op.axis) for value in op.inputs]
-        if not all(isinstance(size, int) for size in sizes):
-            return Missed("axis-mismatch", f"the sizes that {self.graph.describe(op)} joins are not known")
-        return [size for size in sizes if isinstance(size, int)]
+        known = [size for size in sizes if isinstance(size, int)]
+        if total is not None and len(known) == len(sizes) - 1:
+            known = [size if isinstance(size, int) else total - sum(known) for size in sizes]
+        if len(known) < len(sizes) or min(known) < 0:
+            return Missed("axis-mismatch", f"the sizes that {self.graph.describe(op)} joins are not known", GIVE_SHAPES)
+        return known
 
     def _size(self, value: Value, axis: int) -> Dim:
         """The size along `axis`; a convolution tells that of axis 1 by its weight, even where shapes are not known."""
@@ -408,8 +470,11 @@ class Walker:
         if moved is None:
             moved = self._kept_axis(op, source, target, m)
         if moved is None:
+            known = here is not None and there is not None
             return Missed(
-                "axis-mismatch", f"after {self.graph.describe(op)} it is not known to be a map along one axis"
+                "axis-mismatch",
+                f"after {self.graph.describe(op)} it is not known to be a map along one axis",
+                "" if known else GIVE_SHAPES,
             )
         return moved
 
@@ -458,18 +523,18 @@ def layout_of(op: Conv | Linear) -> WeightLayout:
 
 def constants_of(graph: Graph, op: Conv | Linear) -> Constants | Missed:
     """The constants of `op`, the bias in float64 as it is added: zeros where there is none."""
-    weight = graph.constant(op.weight)
+    weight, name = graph.constant(op.weight), graph.describe(op)
     if isinstance(weight, Missed):
-        return weight
+        return Missed(weight.code, f"the weight of {name}: {weight.reason}", weight.remedy)
     alpha, beta = (op.alpha, op.beta) if isinstance(op, Linear) else (1.0, 1.0)
     outputs = layout_of(op).outputs(weight.shape)
     if op.bias is None or beta == 0:
         return Constants(weight, np.zeros(outputs), alpha)
     bias = graph.constant(op.bias)
     if isinstance(bias, Missed):
-        return bias
+        return Missed(bias.code, f"the bias of {name}: {bias.reason}", bias.remedy)
     if bias.ndim and bias.shape[-1] not in (1, outputs):
-        return Missed("shape-mismatch", f"the bias of {graph.describe(op)} has the shape {bias.shape}")
+        return Missed("shape-mismatch", f"the bias of {name} has the shape {bias.shape}")
     wide = np.broadcast_to(bias.astype(np.float64) * beta, (*bias.shape[:-1], outputs))
     return Constants(weight, wide.reshape(-1) if wide.size == outputs else wide, alpha)
 
@@ -537,11 +602,23 @@ def _product(shape: Sequence[Dim]) -> int | None:
     return math.prod(sizes) if len(sizes) == len(shape) else None
 
 
+def _adds_elements(op: Pad) -> bool:
+    return isinstance(op.padding, Missed) or any(side > 0 for pair in op.padding for side in pair)
+
+
+def _keeps(affine: ChannelAffine, value: float | Missed) -> bool:
+    """Whether a map makes of a value, in every channel, that value."""
+    if isinstance(value, Missed):
+        return False
+    with np.errstate(invalid="ignore"):
+        return bool((affine.scale * value + affine.shift == value).all())
+
+
 def _unknown_rank(name: str) -> Missed:
     return Missed(
         "rank",
         f"how many axes {name} works on is not known, and it takes input with and without a batch axis",
-        "give example_inputs, or a model with shapes",
+        GIVE_SHAPES,
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import ml_dtypes
@@ -183,7 +183,7 @@ def agree(
         return True
     channels = sorted({0, outputs // 2, outputs - 1})
     weights = _windows(old.weight, layout, channels)
-    x = np.cos(np.arange(1.0, weights[0].size + 1)).reshape(weights[0].shape)
+    x = _inputs(weights[0].size).reshape(weights[0].shape)
     seen = x
     if before is not None:
         blocks = [layout.window(old.weight, channel)[1] for channel in channels]
@@ -209,6 +209,18 @@ def rounding(dtype: np.dtype[Any], magnitude: F, count: int) -> F:
     """A bound on what rounding `count` constants to `dtype` changes in a sum of products of this magnitude."""
     eps, tiniest = _precision(dtype)
     return eps * magnitude + tiniest * (count + 1)
+
+
+def leaves_no_fraction(summands: Array, dtype: np.dtype[Any]) -> bool:
+    """Whether `dtype` has no digits behind the point for a sum with one of these: x + 1.5e7 - 1.5e7 rounds x."""
+    return bool((np.abs(summands) * _precision(dtype)[0] >= 1).any())
+
+
+def is_normal(numbers: Array) -> bool:
+    """Whether all are 0, or of a size at which their type has all its digits."""
+    info = ml_dtypes.finfo(numbers.dtype)  # type: ignore[no-untyped-call]
+    sizes = np.abs(_float64(numbers[numbers != 0]))
+    return bool(((sizes >= float(info.tiny)) & (sizes <= float(info.max))).all())
 
 
 @cache
@@ -251,6 +263,14 @@ def _products(weights: Array, x: Array) -> tuple[Array, Array]:
     """(sum, sum of magnitudes) of weight * x, for each channel."""
     products = (weights * x).reshape(len(weights), -1)
     return products.sum(axis=1), np.abs(products).sum(axis=1)
+
+
+@lru_cache(maxsize=8)
+def _inputs(count: int) -> Array:
+    """A window of inputs, none like another."""
+    x: Array = np.cos(np.arange(1.0, count + 1))
+    x.flags.writeable = False
+    return x
 
 
 def _first_row(bias: Array, channels: Sequence[int]) -> Array:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from fuser import foreign, registry
 from fuser.errors import InputError
@@ -25,6 +25,8 @@ from fuser.rewrite import Contract
 from fuser.sources import Source, open_source
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from fuser.files.save import Layout
     from fuser.proof import Verification
 
@@ -92,8 +94,102 @@ def optimize(
     _one_of("on_failure", on_failure, ("rollback", "abort"))
     _one_of("layout", layout, ("auto", "single", "external"))
     verify = _as_verify(verify)
-    chosen = _select(passes, skip, shared_weights, max_growth)
+    job = _job(
+        model,
+        output,
+        layout,
+        threshold,
+        example_inputs=example_inputs,
+        example_kwargs=example_kwargs,
+        dynamic_shapes=dynamic_shapes,
+        passes=passes,
+        skip=skip,
+        freeze_inputs=freeze_inputs,
+        shared_weights=shared_weights,
+        max_growth=max_growth,
+        progress=progress,
+    )
     steps = foreign.select(then)
+    if steps and not job.source.is_onnx:
+        raise InputError("`then` is for ONNX models; use fuser.export, or optimize what torch.onnx.export made")
+    with job.source, ExitStack() as stack:
+        if verify:
+            check = _check(job.source, stack, example_inputs, example_kwargs, inputs, input_shapes)
+        job.rewrite()
+        if verify:
+            job.prove(check, abort=on_failure == "abort", whole=verify == "whole")
+        job.follow(steps, check if verify else None, whole=verify == "whole")
+        return Result(job.finish(), job.report)
+
+
+class Asked(TypedDict, total=False):
+    """What is read and how it is rewritten: the arguments that `explain` and `bisect` share with `optimize`."""
+
+    example_inputs: Sequence[Any] | None
+    example_kwargs: Mapping[str, Any] | None
+    dynamic_shapes: Any
+    passes: Iterable[str] | None
+    skip: Iterable[str]
+    freeze_inputs: bool
+    shared_weights: str
+    max_growth: int | None
+    progress: Progress | None
+
+
+def explain(model: Any, **asked: Unpack[Asked]) -> Report:
+    """What `optimize` would do, and why not elsewhere; nothing is verified or written.
+
+    Takes the arguments of `optimize` that are named in `Asked`; raises `InputError` and `PassError` as it does.
+    """
+    job = _job(model, **asked)
+    with job.source:
+        job.rewrite()
+        return job.report
+
+
+def bisect(
+    model: Any,
+    *,
+    inputs: Any = None,
+    input_shapes: Mapping[str, Sequence[int]] | None = None,
+    **asked: Unpack[Asked],
+) -> Remark | None:
+    """The first rewrite after which `model` is no longer equivalent to itself; None where all are right.
+
+    Takes the arguments of `optimize` that are named in `Asked`, and those for the check; raises `InputError` and
+    `PassError` as it does; writes nothing.
+    """
+    job = _job(model, **asked)
+    with job.source, ExitStack() as stack:
+        examples = asked.get("example_inputs"), asked.get("example_kwargs")
+        check = _check(job.source, stack, *examples, inputs, input_shapes)
+        job.rewrite()
+        return job.first_wrong(check)
+
+
+def list_passes() -> list[PassInfo]:
+    """The registered passes, in the order in which they run."""
+    return list(registry.load().passes)
+
+
+def _job(
+    model: Any,
+    output: str | os.PathLike[str] | None = None,
+    layout: Layout = "auto",
+    threshold: int = 1024,
+    *,
+    example_inputs: Sequence[Any] | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
+    passes: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    freeze_inputs: bool = False,
+    shared_weights: str = "copy",
+    max_growth: int | None = None,
+    progress: Progress | None = None,
+) -> Job:
+    """The job that is asked for; nothing of it is done."""
+    chosen = _select(passes, skip, shared_weights, max_growth)
     source = open_source(
         model,
         output,
@@ -104,89 +200,9 @@ def optimize(
         layout=layout,
         threshold=threshold,
     )
-
-    if steps and not source.is_onnx:
-        raise InputError("`then` is for ONNX models; use fuser.export, or optimize what torch.onnx.export made")
-    with source, ExitStack() as stack:
-        job = Job(source, chosen, progress)
-        job.report.warnings += _set_aside(passes)
-        if verify:
-            check = _check(source, stack, example_inputs, example_kwargs, inputs, input_shapes)
-        job.rewrite()
-        if verify:
-            job.prove(check, abort=on_failure == "abort", whole=verify == "whole")
-        job.follow(steps, check if verify else None, whole=verify == "whole")
-        return Result(job.finish(), job.report)
-
-
-def explain(
-    model: Any,
-    *,
-    example_inputs: Sequence[Any] | None = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    dynamic_shapes: Any = None,
-    passes: Iterable[str] | None = None,
-    skip: Iterable[str] = (),
-    freeze_inputs: bool = False,
-    shared_weights: str = "copy",
-    max_growth: int | None = None,
-    progress: Progress | None = None,
-) -> Report:
-    """What `optimize` would do, and why not elsewhere; nothing is verified or written.
-
-    Takes the arguments of `optimize`, and raises `InputError` and `PassError` as it does.
-    """
-    chosen = _select(passes, skip, shared_weights, max_growth)
-    with open_source(
-        model,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        dynamic_shapes=dynamic_shapes,
-        freeze_inputs=freeze_inputs,
-    ) as source:
-        job = Job(source, chosen, progress)
-        job.report.warnings += _set_aside(passes)
-        job.rewrite()
-        return job.report
-
-
-def bisect(
-    model: Any,
-    *,
-    example_inputs: Sequence[Any] | None = None,
-    example_kwargs: Mapping[str, Any] | None = None,
-    dynamic_shapes: Any = None,
-    passes: Iterable[str] | None = None,
-    skip: Iterable[str] = (),
-    freeze_inputs: bool = False,
-    shared_weights: str = "copy",
-    max_growth: int | None = None,
-    inputs: Any = None,
-    input_shapes: Mapping[str, Sequence[int]] | None = None,
-    progress: Progress | None = None,
-) -> Remark | None:
-    """The first rewrite after which `model` is no longer equivalent to itself; None where all are right.
-
-    Takes the arguments of `optimize`, and raises `InputError` and `PassError` as it does; writes nothing.
-    """
-    chosen = _select(passes, skip, shared_weights, max_growth)
-    source = open_source(
-        model,
-        example_inputs=example_inputs,
-        example_kwargs=example_kwargs,
-        dynamic_shapes=dynamic_shapes,
-        freeze_inputs=freeze_inputs,
-    )
-    with source, ExitStack() as stack:
-        check = _check(source, stack, example_inputs, example_kwargs, inputs, input_shapes)
-        job = Job(source, chosen, progress)
-        job.rewrite()
-        return job.first_wrong(check)
-
-
-def list_passes() -> list[PassInfo]:
-    """The registered passes, in the order in which they run."""
-    return list(registry.load().passes)
+    job = Job(source, chosen, progress)
+    job.report.warnings += _set_aside(passes)
+    return job
 
 
 def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: str, max_growth: int | None) -> Passes:

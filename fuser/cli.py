@@ -46,7 +46,7 @@ Growth = Annotated[
 ]
 
 InputShape = Annotated[
-    list[str] | None, typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="For the check; repeatable.")
+    list[str] | None, typer.Option("--input-shape", metavar="NAME:1,3,224,224", help="Of an input; repeatable.")
 ]
 Inputs = Annotated[
     Path | None, typer.Option("--inputs", metavar="FILE", help="Data for the check: .npz, .npy, test_data_set_0/.")
@@ -109,13 +109,7 @@ def optimize(
     _writable(report)
     if verify not in _VERIFY:
         raise InputError(f"--verify takes auto, whole or none, not {verify!r}")
-    rewriting: dict[str, Any] = {
-        "passes": _names(passes),
-        "skip": _names(skip) or (),
-        "freeze_inputs": freeze_inputs,
-        "shared_weights": shared_weights,
-        "max_growth": max_growth,
-    }
+    asked = _asked(passes, skip, freeze_inputs, shared_weights, max_growth)
     checking: dict[str, Any] = {
         "then": _names(then) or (),
         "verify": False if no_verify else _VERIFY[verify],
@@ -128,7 +122,7 @@ def optimize(
     if output_dir is not None:
         if plan or bench or report or json:
             raise InputError("--plan, --bench, --json and --report are for one model, not for --output-dir")
-        _optimize_many(models, output_dir, jobs, json_lines, quiet, {**rewriting, **checking})
+        _optimize_many(models, output_dir, jobs, json_lines, quiet, {**asked, **checking})
         return
     if len(models) > 2:
         raise InputError("give IN and OUT, or several models and --output-dir")
@@ -137,9 +131,9 @@ def optimize(
         raise InputError("--json is the story of the rewrites; measure with `fuser bench IN OUT --json`")
     with _progress(quiet or json) as progress:
         if plan:
-            story = api.explain(model, progress=progress, **rewriting)
+            story = api.explain(model, progress=progress, **asked)
         else:
-            story = api.optimize(model, output, progress=progress, **rewriting, **checking).report
+            story = api.optimize(model, output, progress=progress, **asked, **checking).report
     if report is not None:
         report.write_text(story.to_json())
     if json:
@@ -202,15 +196,8 @@ def explain(
     from fuser import api
 
     with _progress(quiet=json) as progress:
-        story = api.explain(
-            model,
-            passes=_names(passes),
-            skip=_names(skip) or (),
-            freeze_inputs=freeze_inputs,
-            shared_weights=shared_weights,
-            max_growth=max_growth,
-            progress=progress,
-        )
+        asked = _asked(passes, skip, freeze_inputs, shared_weights, max_growth)
+        story = api.explain(model, progress=progress, **asked)
     if json:
         print(story.to_json())
         return
@@ -258,6 +245,8 @@ def bisect(
     passes: Passes = None,
     skip: Skip = None,
     freeze_inputs: Freeze = False,
+    shared_weights: Shared = "copy",
+    max_growth: Growth = None,
     input_shape: InputShape = None,
     inputs: Inputs = None,
 ) -> None:
@@ -270,15 +259,8 @@ def bisect(
 
             found: Any = first_difference(model, other, inputs=inputs, input_shapes=_shapes(input_shape))
         else:
-            found = api.bisect(
-                model,
-                passes=_names(passes),
-                skip=_names(skip) or (),
-                freeze_inputs=freeze_inputs,
-                inputs=inputs,
-                input_shapes=_shapes(input_shape),
-                progress=progress,
-            )
+            asked = _asked(passes, skip, freeze_inputs, shared_weights, max_growth)
+            found = api.bisect(model, inputs=inputs, input_shapes=_shapes(input_shape), progress=progress, **asked)
     if found is None:
         print("no difference was found" if other else "every rewrite keeps the model equivalent")
         return
@@ -421,6 +403,19 @@ def _fail(message: str, code: int) -> None:
 
 def _names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _asked(
+    passes: str | None, skip: str | None, freeze_inputs: bool, shared_weights: str, max_growth: int | None
+) -> dict[str, Any]:
+    """The options that optimize, explain and bisect have in common, as arguments."""
+    return {
+        "passes": _names(passes),
+        "skip": _names(skip) or (),
+        "freeze_inputs": freeze_inputs,
+        "shared_weights": shared_weights,
+        "max_growth": max_growth,
+    }
 
 
 def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]] | None:

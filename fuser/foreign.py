@@ -49,6 +49,7 @@ STEPS = {
     for step in (
         Step("onnxsim", "fuser.foreign:onnxsim", "onnxsim"),
         Step("onnxslim", "fuser.foreign:onnxslim", "onnxslim"),
+        Step("onnxoptimizer", "fuser.foreign:onnxoptimizer", "onnxoptimizer"),
         Step("onnxscript", "fuser.foreign:onnxscript", "onnxscript"),
         Step("onnxruntime", "fuser.foreign:onnxruntime", "onnxruntime"),
     )
@@ -141,6 +142,14 @@ def onnxslim(source: str, target: str) -> None:
     from onnxslim import slim
 
     onnx.save(slim(source), target)
+
+
+def onnxoptimizer(source: str, target: str) -> None:
+    """Its fusion and elimination passes."""
+    import onnx
+    import onnxoptimizer
+
+    onnx.save(onnxoptimizer.optimize(onnx.load(source), onnxoptimizer.get_fuse_and_elimination_passes()), target)
 
 
 def onnxscript(source: str, target: str) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fuser import pipeline
 from fuser.errors import InputError, PassError, VerificationError
 from fuser.foreign import Step
-from fuser.pipeline import PassRun, Rewrite
+from fuser.pipeline import NOTHING, PassRun, Rewrite
 from fuser.remarks import Missed, Remark
 from fuser.report import Report
 from fuser.rewrite import Contract, RewritePass
@@ -24,8 +24,6 @@ Passes: TypeAlias = list[RewritePass[Any, Any]]
 Progress: TypeAlias = Callable[[str], None]
 Check: TypeAlias = Callable[[Any, Contract], "Verification"]
 """(rewritten model, contract) -> how it compares with the original."""
-
-NOTHING: frozenset[Rewrite] = frozenset()
 
 LARGE = 512 * 2**20
 """From how many bytes of constants on the whole model is not run unless asked for."""
@@ -41,7 +39,7 @@ class Job:
     """
 
     def __init__(self, source: Source, passes: Passes, progress: Progress | None) -> None:
-        self._source, self._passes = source, passes
+        self.source, self._passes = source, passes
         self._progress = progress or (lambda stage: None)
         self.report = Report(source.name)
         self._candidate: Candidate | None = None
@@ -72,7 +70,7 @@ class Job:
         Raises `VerificationError` when a check fails and `abort` is set, or no rewrite is to blame.
         """
         applied = {run.contract for run in self.report.passes if run.applied}
-        if not applied and not self._source.removable_inputs:
+        if not applied and not self.source.removable_inputs:
             self.report.unverified = "nothing was changed, so there is nothing to check"
             return
         if self.report.before.bytes > LARGE and not whole:
@@ -86,15 +84,15 @@ class Job:
             try:
                 verification = check(self.candidate.model, contract)
             except InputError as error:
-                if not self._source.may_lack_inputs:
+                if not self.source.may_lack_inputs:
                     raise
                 self.report.unverified = str(error)
                 return
-            guilty = self._guilty(self._passes, contract, check, verification, abort=abort)
+            guilty = dict(self._guilty(self._passes, contract, check, verification, abort=abort))
             if len(applied) > 1:
                 guilty |= self._guilty_of_exact(check, abort=abort)
             if guilty:
-                self._leave_out(guilty, contract, check, verification.reason or "it does not keep its bits")
+                self._leave_out(guilty, contract, check)
             else:
                 self._conclude(verification)
 
@@ -119,11 +117,11 @@ class Job:
         """Take over what the step made, if it is right; the one remark of the step."""
 
         def missed(code: str, reason: str, remedy: str = "") -> Remark:
-            return Remark(step.name, self._source.name, code, reason, remedy)
+            return Remark(step.name, self.source.name, code, reason, remedy)
 
         if check is not None and self.report.before.bytes > LARGE and not whole:
             return missed("too-large", "the whole model would have to be run to check it", "--verify=whole runs it")
-        source = self._source
+        source = self.source
         assert isinstance(source, OnnxSource)
         made = source.after(step, self.candidate)
         if isinstance(made, Missed):
@@ -142,7 +140,7 @@ class Job:
             return missed("failed", str(error))
         self._candidate, self.report.after = made, after
         counts = sum(before.ops.values()), sum(after.ops.values())
-        return Remark(step.name, self._source.name, "applied", f"{counts[0]} nodes became {counts[1]}")
+        return Remark(step.name, self.source.name, "applied", f"{counts[0]} nodes became {counts[1]}")
 
     def first_wrong(self, check: Check) -> Remark | None:
         """The first rewrite after which the model is no longer equivalent; None where it is to the end.
@@ -180,15 +178,15 @@ class Job:
     # -- attempts
 
     def _attempt(
-        self, passes: Passes, left_out: frozenset[Rewrite], stop_after: int | None = None
+        self, passes: Passes, left_out: Mapping[Rewrite, str], stop_after: int | None = None
     ) -> tuple[Report, Candidate]:
-        story = Report(self._source.name)
+        story = Report(self.source.name)
         if self._attempts:
             gc.collect()  # the graph of the last attempt
         self._attempts += 1
         with _no_collector():
             with self.stage("read"):
-                graph = self._source.graph()
+                graph = self.source.graph()
             story.host, story.before = graph.host, graph.summary()
             with self.stage("passes"):
                 outcome = pipeline.run(
@@ -196,7 +194,7 @@ class Job:
                 )
             story.after = graph.summary()
         story.take(outcome)
-        return story, self._source.candidate(graph)
+        return story, self.source.candidate(graph)
 
     def _keep(self, story: Report, candidate: Candidate) -> None:
         for name in ("host", "before", "after", "passes", "rounds", "applied", "missed"):
@@ -213,8 +211,8 @@ class Job:
 
     def _guilty(
         self, passes: Passes, contract: Contract, check: Check, verification: Verification, *, abort: bool
-    ) -> frozenset[Rewrite]:
-        """The rewrites without which `passes` keep `contract`; none when they keep it as they are."""
+    ) -> Mapping[Rewrite, str]:
+        """The rewrites without which `passes` keep `contract`, and what is wrong with them; none when they keep it."""
         if verification.passed or verification.verdict == UNVERIFIABLE:
             return NOTHING
         if abort:
@@ -224,23 +222,23 @@ class Job:
         story, _ = self._attempt(passes, NOTHING)
 
         def fine_without(left_out: Iterable[Rewrite]) -> bool:
-            _, candidate = self._attempt(passes, frozenset(left_out))
+            _, candidate = self._attempt(passes, dict.fromkeys(left_out, ""))
             return check(candidate.model, contract).passed
 
-        return frozenset(find_guilty(story.rewrites, fine_without))
+        return dict.fromkeys(find_guilty(story.rewrites, fine_without), verification.reason)
 
-    def _guilty_of_exact(self, check: Check, *, abort: bool) -> frozenset[Rewrite]:
+    def _guilty_of_exact(self, check: Check, *, abort: bool) -> Mapping[Rewrite, str]:
         exact = [p for p in self._passes if p.contract is Contract.EXACT]
         _, candidate = self._attempt(exact, NOTHING)
         verification = check(candidate.model, Contract.EXACT)
         return self._guilty(exact, Contract.EXACT, check, verification, abort=abort)
 
-    def _leave_out(self, guilty: frozenset[Rewrite], contract: Contract, check: Check, why: str) -> None:
+    def _leave_out(self, guilty: Mapping[Rewrite, str], contract: Contract, check: Check) -> None:
         self._keep(*self._attempt(self._passes, guilty))
         verification = check(self.candidate.model, contract)
         if not verification.passed:
             raise VerificationError(f"the result is not equivalent to the original: {verification.reason}")
-        for pass_name, site in sorted(guilty):
+        for (pass_name, site), why in sorted(guilty.items()):
             self.report.warnings.append(
                 f"{pass_name} @ {site} was left out: with it the model is not equivalent to the original ({why})"
             )

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fuser.affine import ChannelAffine
+from fuser.affine import ChannelAffine, leaves_no_fraction
 from fuser.graph import Array, Graph
 from fuser.ops import BatchNorm, Elementwise, Value
-from fuser.remarks import Missed
+from fuser.remarks import GIVE_SHAPES, Missed
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ def _batch_norm(graph: Graph, op: BatchNorm) -> AffineOp | Missed:
         value = getattr(op, field)
         found = None if value is None else graph.constant(value)
         if isinstance(found, Missed):
-            return found
+            return Missed(found.code, f"its {field}: {found.reason}", found.remedy)
         parameters[field] = found
     mean, var = parameters["mean"], parameters["var"]
     if mean is None or var is None:
@@ -95,7 +95,12 @@ def _arithmetic(graph: Graph, op: Elementwise) -> AffineOp | Missed:
     if isinstance(affine, Missed):
         return affine
     axis = _axis(graph, operand, constant)
-    return axis if isinstance(axis, Missed) else AffineOp(operand, Map(affine, axis))
+    if isinstance(axis, Missed):
+        return axis
+    if leaves_no_fraction(affine.shift, constant.dtype):
+        largest = np.abs(affine.shift).max()
+        return Missed("rounds", f"a sum with {largest:g} is rounded to a whole number, and may be there for that")
+    return AffineOp(operand, Map(affine, axis))
 
 
 def _affine(function: str, constant: Array, reverse: bool) -> ChannelAffine | Missed:
@@ -134,7 +139,7 @@ def _axis(graph: Graph, operand: Value, constant: Array) -> int | Missed | None:
         return Missed(
             "rank",
             f"how many axes {graph.describe(operand)} has is not known, so neither is the axis of the constant",
-            "give example_inputs, or a model with shapes",
+            GIVE_SHAPES,
         )
     if constant.ndim > rank:
         return Missed("broadcasts", f"the constant has {constant.ndim} axes, and {graph.describe(operand)} has {rank}")

@@ -240,11 +240,42 @@ class Resize(Op):
 class MaxPool(Op):
     """y = the largest element of each window of the spatial axes; padding is below every element.
 
+    spatial: how many axes that are, the last ones.
     window: None where it depends on the size of the input, or leaves gaps.
     """
 
     input: Value
-    window: Window | None
+    spatial: int
+    window: Window | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Reduction(Op):
+    """y = the mean, or the largest, of the elements along `axes`.
+
+    function: "mean" or "max".
+    axes: never negative.
+    keeps_axes: whether they stay, of size 1.
+    """
+
+    input: Value
+    function: str
+    axes: frozenset[int]
+    keeps_axes: bool
+
+    def axis_before(self, axis: int) -> int | None:
+        """The axis of the input that is `axis` of y; None where there is none."""
+        if self.keeps_axes:
+            return None if axis in self.axes else axis
+        for gone in sorted(self.axes):
+            axis += gone <= axis
+        return axis
+
+    def axis_behind(self, axis: int) -> int | None:
+        """The axis of y that is `axis` of the input; None where it is gone, or counted from behind."""
+        if axis < 0 or axis in self.axes:
+            return None
+        return axis if self.keeps_axes else axis - sum(gone < axis for gone in self.axes)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from fuser.errors import PassError
@@ -17,6 +18,8 @@ MAX_ROUNDS = 100
 
 Rewrite = tuple[str, str]
 """What identifies a rewrite from one run to the next: (pass name, site)."""
+
+NOTHING: Mapping[Rewrite, str] = MappingProxyType({})
 
 
 @dataclass
@@ -52,13 +55,13 @@ def run(
     passes: Sequence[RewritePass[Any, Any]],
     *,
     stop_after: int | None = None,
-    leave_out: Collection[Rewrite] = (),
+    leave_out: Mapping[Rewrite, str] = NOTHING,
     progress: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Run `passes` over `graph` to a fixed point; late ones whenever the others have reached theirs.
 
     stop_after: how many rewrites are admitted; the rest is missed as `stopped` (for bisecting).
-    leave_out: rewrites that are missed as `rolled-back`.
+    leave_out: rewrites that are missed as `rolled-back`, and what was found of the model with each.
     progress: called with the name of each pass before it runs.
 
     Raises `PassError`, naming the pass, when one fails, breaks the graph or the contract, or when the
@@ -66,15 +69,14 @@ def run(
     """
     passes = sorted((p for p in passes if graph.host in p.hosts), key=lambda p: p.late)
     outcome = Outcome([PassRun(p.name, p.contract.value) for p in passes])
-    left_out = frozenset(leave_out)
     missed: dict[str, list[Remark]] = {}
     seen: dict[str, int] = {}  # pass -> graph.edits when it last found nothing to do
     admitted = 0
 
     def admit(pass_name: str, site: str) -> Missed | None:
         nonlocal admitted
-        if (pass_name, site) in left_out:
-            return ROLLED_BACK
+        if (pass_name, site) in leave_out:
+            return rolled_back(leave_out[pass_name, site])
         if stop_after is not None and admitted >= stop_after:
             return STOPPED
         admitted += 1
@@ -124,5 +126,9 @@ def _run_once(graph: Graph, rewrite_pass: RewritePass[Any, Any], admit: Any) -> 
     return remarks
 
 
-ROLLED_BACK = Missed("rolled-back", "the model was not equivalent to the original with this rewrite")
+def rolled_back(why: str) -> Missed:
+    """Said of a rewrite without which the model is right."""
+    return Missed("rolled-back", f"with this rewrite the model is not equivalent to the original: {why}")
+
+
 STOPPED = Missed("stopped", "the run was told to stop before this rewrite")

@@ -10,6 +10,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+GIVE_SHAPES = "give example_inputs, or a model with shapes"
+"""The remedy where a size, or a number of axes, is not known."""
+
 
 @dataclass(frozen=True)
 class Missed:

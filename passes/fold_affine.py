@@ -12,8 +12,9 @@ Refusals:
     not-affine       a constant is divided by the operand, or the numbers are not real
     not-per-channel  the constant varies along more than one axis
     broadcasts       the result is larger than the operand, or may be
+    rounds           the number added is so large that its type has no digits behind the point: x + 1.5e7 - 1.5e7 rounds
     overridable, quantized, no-linear, shared-output, axis-mismatch, rank, padding, written, grows,
-    shape-mismatch, not-finite, shared-weights, unsound: as for fold-batch-norm
+    not-monotone, shape-mismatch, not-finite, shared-weights, unsound: as for fold-batch-norm
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from fuser.absorb import Absorption, Edit, Walker, element_readers
-from fuser.affine import ChannelAffine, rounded
-from fuser.graph import Array, Graph
-from fuser.maps import AffineOp, Map, affine_op
+from fuser.affine import ChannelAffine, is_normal, rounded
+from fuser.graph import Array, Dim, Graph
+from fuser.maps import AffineOp, affine_op
 from fuser.ops import Elementwise, Value
-from fuser.remarks import Missed
+from fuser.remarks import GIVE_SHAPES, Missed
 from fuser.rewrite import RewritePass
 
 
@@ -57,21 +58,19 @@ class FoldAffine(RewritePass[Elementwise, Folding]):
         found = affine_op(graph, op)
         if isinstance(found, Missed):
             return found
-        walker = Walker(graph, self.shared_weights)
-        backward = walker.into_producer(found.operand, found.map)
-        if isinstance(backward, Absorption):
-            return Folding(op, found.operand, backward)
-        if (merged := _into_arithmetic(graph, op, found)) is not None:
-            return Folding(op, found.operand, merged)
-        known = found.map.axis is None or graph.shape(found.operand) is not None
-        if not known:
-            return backward
-        if not _keeps_shape(graph, found):
-            return Missed("broadcasts", f"{graph.describe(found.operand)} is not as large as the result, or may not be")
-        forward = walker.into_readers(found.operand, op.output, found.map)
-        if isinstance(forward, Absorption):
-            return Folding(op, found.operand, forward)
-        return backward if forward.code == "no-linear" else forward
+        size = _size(graph, found)
+        name = graph.describe(found.operand)
+        if isinstance(size, int) and size != found.map.affine.channels:
+            return Missed("broadcasts", f"{name} is not as large as the result")
+        enlarged = (
+            None
+            if isinstance(size, int)
+            else Missed("broadcasts", f"{name} may be smaller than the result", GIVE_SHAPES)
+        )
+        absorption = Walker(graph, self.shared_weights).around(found.operand, op.output, found.map, enlarged)
+        if isinstance(absorption, Missed):
+            absorption = _into_arithmetic(graph, op, found) or absorption
+        return absorption if isinstance(absorption, Missed) else Folding(op, found.operand, absorption)
 
     def rewrite(self, graph: Graph, match: Folding) -> str:
         done = match.absorption.apply(graph)
@@ -89,8 +88,10 @@ def _into_arithmetic(graph: Graph, op: Elementwise, found: AffineOp) -> Absorpti
         return None
     a, b = graph.constant(getattr(inner, inner_field)), graph.constant(getattr(op, outer_field))
     assert not isinstance(a, Missed) and not isinstance(b, Missed)
+    if a.dtype != b.dtype:  # one number does not decide the type of a product on torch, several do
+        return None
     both = _both(inner, inner_field, a, found.map.affine, b)
-    if both is None or both.size > max(a.size, b.size):
+    if both is None or both.size > max(a.size, b.size) or both.ndim > (graph.rank(found.operand) or a.ndim):
         return None
     return Absorption((Edit(inner, {inner_field: both}),), f"into {graph.describe(inner)}")
 
@@ -112,17 +113,12 @@ def _both(inner: Elementwise, field: str, a: Array, outer: ChannelAffine, b: Arr
     else:
         return None
     found = rounded(both, a.dtype)
-    return found if found.dtype.kind == "f" and _is_normal(found[both != 0]) else None
+    return found if is_normal(found) and found[both != 0].all() else None
 
 
-def _is_normal(numbers: Array) -> bool:
-    """Whether all are of a size at which the type has all its digits."""
-    sizes, info = np.abs(numbers), np.finfo(numbers.dtype)
-    return bool(((sizes >= info.tiny) & (sizes <= info.max)).all())
-
-
-def _keeps_shape(graph: Graph, found: AffineOp) -> bool:
-    """Whether the operand is as large as the result; a linear operator before it proves that by its weight."""
-    m: Map = found.map
-    shape = graph.shape(found.operand)
-    return m.axis is None or (shape is not None and shape[m.axis] == m.affine.channels)
+def _size(graph: Graph, found: AffineOp) -> Dim:
+    """How large the operand is along the axis of the map; one number fits any size."""
+    axis, shape = found.map.axis, graph.shape(found.operand)
+    if axis is None:
+        return found.map.affine.channels
+    return None if shape is None else shape[axis]

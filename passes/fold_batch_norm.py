@@ -7,7 +7,7 @@
     t = bias - mean * s
 
 W is a convolution (transposed, grouped, of any rank) or a matrix product; on the way the map passes through
-identities, reshapes and transposes where its axis can be proven, averages, sums, and concatenations.
+identities, reshapes and transposes where its axis can be proven, averages, maxima, paddings, sums and concatenations.
 
 Refusals:
     training-mode     it normalizes with the statistics of the batch
@@ -18,8 +18,10 @@ Refusals:
     no-linear         no linear operator makes its input, and not all readers of its output can take it
     shared-output     what it normalizes is read elsewhere, too
     axis-mismatch     the channels of the linear operator are on another axis
+    not-monotone      a pool takes the largest elements, which a negative factor would make the smallest
     rank              whether there is a batch axis is not known, or there is none
-    padding           the convolution that follows pads with zeros, which a shift does not commute with
+    padding           the convolution that follows pads with zeros, which a shift does not commute with; or what is
+                      padded in between would be changed
     written           its input is written in place, so that it cannot be read later
     grows             several matrix products that read it would each need a bias that they do not have, or one would
                       need its own copy of a very large weight
@@ -54,14 +56,8 @@ class FoldBatchNorm(RewritePass[BatchNorm, tuple[BatchNorm, Absorption]]):
         found = affine_op(graph, op)
         if isinstance(found, Missed):
             return found
-        walker = Walker(graph, self.shared_weights)
-        backward = walker.into_producer(op.input, found.map)
-        if isinstance(backward, Absorption):
-            return op, backward
-        forward = walker.into_readers(op.input, op.output, found.map)
-        if isinstance(forward, Absorption):
-            return op, forward
-        return backward if forward.code == "no-linear" else forward
+        absorption = Walker(graph, self.shared_weights).around(op.input, op.output, found.map)
+        return absorption if isinstance(absorption, Missed) else (op, absorption)
 
     def rewrite(self, graph: Graph, match: tuple[BatchNorm, Absorption]) -> str:
         op, absorption = match

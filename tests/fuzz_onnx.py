@@ -354,10 +354,11 @@ class _Draft:
         return Value(name, stored.astype(np.float64) if is_float(stored.dtype) else stored)
 
     def _as_node(self, block: Block, stored: Array) -> Value | None:
+        short = self.opset >= 12 and stored.size > 0 and stored.ndim < 2  # of a list without elements no type is told
         attributes: dict[str, Any] = {"value": numpy_helper.from_array(stored, self.dice.choice(["", "value", "x"]))}
-        if self.opset >= 12 and stored.dtype == np.float32 and stored.ndim < 2 and self.dice.random() < 0.7:
+        if short and stored.dtype == np.float32 and self.dice.random() < 0.7:
             attributes = {"value_floats": stored.tolist()} if stored.ndim else {"value_float": float(stored)}
-        if self.opset >= 12 and stored.dtype == np.int64 and stored.ndim < 2 and self.dice.random() < 0.7:
+        if short and stored.dtype == np.int64 and self.dice.random() < 0.7:
             attributes = {"value_ints": stored.tolist()} if stored.ndim else {"value_int": int(stored)}
         node = helper.make_node("Constant", [], [self._name()], name=self._node_name("Constant"), **attributes)
         block.nodes.append(node)

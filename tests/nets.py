@@ -159,6 +159,41 @@ def tied_embedding() -> nn.Module:
     )
 
 
+def broadcast_sum() -> nn.Module:
+    """A convolution, and one of the mean of the image, which is as large as one element of it."""
+    return Net(
+        lambda m, x: torch.relu(m.norm(m.conv(x) + m.context(x.mean((2, 3), keepdim=True)))),
+        conv=nn.Conv2d(4, 6, 3),
+        context=nn.Conv2d(4, 6, 1),
+        norm=nn.BatchNorm2d(6),
+    )
+
+
+def pooled_twice() -> nn.Module:
+    """The head of fastai: the largest and the mean elements side by side."""
+    return Net(
+        lambda m, x: m.linear(
+            m.norm(torch.cat([F.adaptive_max_pool2d(y := m.conv(x), 1), F.adaptive_avg_pool2d(y, 1)], 1)).flatten(1)
+        ),
+        conv=nn.Conv2d(4, 3, 3),
+        norm=nn.BatchNorm2d(6),
+        linear=nn.Linear(6, 2),
+    )
+
+
+UNSCALED = nn.BatchNorm2d(6, affine=False)
+"""All of its factors are positive."""
+
+
+def points(largest: Callable[[Tensor], Tensor], linear: nn.Module) -> Callable[[], nn.Module]:
+    """A PointNet that normalizes what it has found."""
+    return lambda: Net(
+        lambda m, x: torch.relu(m.norm(largest(m.linear(x)))),
+        linear=copy.deepcopy(linear),
+        norm=nn.BatchNorm1d(6, affine=False),
+    )
+
+
 UNKNOWN_RANK = {"Traced": {"rank": 1}}
 """Without example inputs a traced graph has no shapes, and these layers take input with and without a batch."""
 
@@ -231,7 +266,62 @@ CASES: dict[str, Case] = {
         {"applied": 1},
         {"Decomposed": {"no-linear": 1}},  # it is sums of what it gathers there
     ),
+    "pooled-twice": Case(pooled_twice, (2, 4, 8, 8), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
+    "broadcast-sum": Case(broadcast_sum, (2, 4, 8, 8), {"applied": 1}),
+    "max-pooled": Case(
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.MaxPool2d(3, 2, 1), copy.deepcopy(UNSCALED), nn.ReLU()),
+        (2, 4, 8, 8),
+        {"applied": 1},
+    ),
+    "max-pooled-before-conv": Case(
+        lambda: nn.Sequential(nn.ReLU(), copy.deepcopy(UNSCALED), nn.MaxPool2d(2, ceil_mode=True), nn.Conv2d(6, 4, 2)),
+        (2, 6, 7, 7),
+        {"applied": 1},
+    ),
+    "largest-of-all": Case(
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.AdaptiveMaxPool2d(1), copy.deepcopy(UNSCALED), nn.Flatten()),
+        (2, 4, 8, 8),
+        {"applied": 1},
+    ),
+    "largest-point": Case(points(lambda y: torch.max(y, 2)[0], nn.Conv1d(4, 6, 1)), (2, 4, 9), {"applied": 1}),
+    "largest-row": Case(points(lambda y: y.amax(1), nn.Linear(4, 6)), (2, 9, 4), {"applied": 1}, UNKNOWN_RANK),
+    "mean-row": Case(points(lambda y: y.mean(1), nn.Linear(4, 6)), (2, 9, 4), {"applied": 1}, UNKNOWN_RANK),
+    "reflected": Case(
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReflectionPad2d(2), nn.BatchNorm2d(6), nn.ReLU()),
+        (2, 4, 8, 8),
+        {"applied": 1},
+        {"Decomposed": {"no-linear": 1}},  # it is gathered there
+    ),
+    "cropped": Case(
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.ZeroPad2d((-1, -2, 0, -1)), nn.BatchNorm2d(6), nn.ReLU()),
+        (2, 4, 8, 8),
+        {"applied": 1},
+    ),
     # -- refused
+    "max-pooled-negative": Case(
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.MaxPool2d(2), nn.BatchNorm2d(6)), (2, 4, 8, 8), {"not-monotone": 1}
+    ),
+    "largest-channel": Case(
+        lambda: Net(
+            lambda m, x: m.norm(m.conv(x).amax(1, keepdim=True)), conv=nn.Conv2d(4, 6, 3), norm=nn.BatchNorm2d(1)
+        ),
+        (2, 4, 8, 8),
+        {"axis-mismatch": 1},
+    ),
+    "pooled-channels": Case(  # [N, C, L] is one image of N channels for a pool over two axes
+        lambda: Net(
+            lambda m, x: m.norm(m.pool(m.conv(x))),
+            conv=nn.Conv1d(4, 6, 1),
+            pool=nn.MaxPool2d((1, 2)),
+            norm=nn.BatchNorm1d(6, affine=False),
+        ),
+        (2, 4, 8),
+        {"axis-mismatch": 1},
+        {"Onnx": None, "Traced": {"rank": 1}},
+    ),
+    "padded-between": Case(
+        lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.ZeroPad2d(1), nn.BatchNorm2d(6)), (2, 4, 8, 8), {"padding": 1}
+    ),
     "padded-conv-after": Case(
         lambda: nn.Sequential(nn.ReLU(), nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding=1)), (2, 4, 8, 8), {"padding": 1}
     ),

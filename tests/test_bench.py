@@ -654,6 +654,8 @@ def test_torch_batch_and_shapes(tmp_path):
     [
         ({"seconds": 0}, "seconds must be positive"),
         ({"threads": 0}, "threads must be at least 1"),
+        ({"batch": 0}, "batch must be at least 1"),
+        ({"seed": -1}, "seed must not be negative"),
         ({"dtype": "int7"}, "there is no dtype 'int7'; give one of fp32, fp16, bf16"),
         ({"dtype": "fp16"}, "the dtype of an ONNX model is in the file"),
         ({"after": net()}, "cannot compare an ONNX model with a torch module"),

@@ -195,6 +195,42 @@ def test_numbers_that_cannot_be_one(operators: tuple[str, str], a: float, b: flo
     assert refused(model(nodes, constants=constants), FOLD) == {"no-linear": 2}
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("before", [conv("x", "c"), node("Relu", ["x"], ["c"])], ids=["a-convolution", "a-summand"])
+def test_rounding_by_a_large_summand_stays(dtype: Any, before: onnx.NodeProto) -> None:
+    """x + 1.5 / eps - 1.5 / eps is x rounded to a whole number: in exact arithmetic, nothing at all."""
+    large = np.array(1.5 / np.finfo(dtype).eps, dtype)
+    nodes = [before, node("Add", ["c", "k"], ["a"]), node("Sub", ["a", "k"], ["s"]), node("Relu", ["s"])]
+    proto = model(
+        nodes, constants={"w": W.astype(dtype), "k": large}, dtype=onnx.helper.np_dtype_to_tensor_dtype(large.dtype)
+    )
+    assert refused(proto, FOLD) == {"rounds": 2}
+
+
+def test_a_large_summand_that_rounds_nothing_to_whole_numbers() -> None:
+    proto = model(
+        [conv("x", "c"), node("Add", ["c", "k"])], constants={"w": W.astype(np.float32), "k": np.float32(8e6)}
+    )
+    assert op_types(applied(proto, FOLD).graph) == ["Conv"]
+
+
+def test_a_scalar_becomes_a_vector_where_it_did() -> None:
+    """A number times a vector of one element has an axis."""
+    nodes = [node("ReduceSum", ["x"], ["r"], keepdims=0), node("Mul", ["r", "a"], ["m"]), node("Mul", ["m", "b"])]
+    constants = {"a": np.float32(2), "b": np.float32([3])}
+    assert refused(model(nodes, constants=constants), FOLD) == {"no-linear": 2}
+
+
+@pytest.mark.parametrize("host", [Traced, Exported, Lifted, Decomposed])
+def test_a_factor_of_another_type_stays(host: Any) -> None:
+    """A tensor without axes does not promote the type of a product; one with axes does."""
+    module = Net(lambda m, x: torch.relu(x.exp() * m.number * m.numbers))
+    module.number = nn.Parameter(torch.tensor(0.25, dtype=torch.float64))
+    module.numbers = nn.Parameter(torch.tensor([0.5]))
+    graph = host().build(module, (torch.randn(2, 4),))
+    assert not [r for r in pipeline.run(graph, [FOLD]).history if r.applied]
+
+
 def test_arithmetic_that_others_read_stays() -> None:
     nodes = [node("Mul", ["x", "a"], ["m"]), node("Mul", ["m", "a"], ["n"]), node("Relu", ["n"])]
     proto = model([*nodes, node("Exp", ["m"], ["z"])], constants={"a": np.float32(2)}, outputs=["y", "z"])

@@ -261,6 +261,65 @@ def test_padding_in_an_average(counted: int) -> None:
         applied(proto, FOLD)
 
 
+@pytest.mark.parametrize(
+    ("value", "gamma", "code"),
+    [(0.0, 1.0, "padding"), (-np.inf, 1.0, None), (-np.inf, -1.0, "not-monotone"), (None, 1.0, "padding")],
+)
+def test_padding_that_is_normalized(value: float | None, gamma: float, code: str | None) -> None:
+    """What is padded stays what it is where the normalization makes the same of it."""
+    nodes = [
+        conv(),
+        node("Pad", ["c", "pads", "v"], ["p"]),
+        batch_norm("p", "n"),
+        node("MaxPool", ["n"], kernel_shape=[3, 3]),
+    ]
+    tensors = constants(pads=np.array([0, 0, 1, 1, 0, 0, 1, 1]), gamma=np.full(4, gamma))
+    if value is None:
+        nodes.insert(0, node("ReduceMax", ["x"], ["v"], keepdims=0))
+    else:
+        tensors["v"] = np.array(value)
+    proto = double(nodes, tensors)
+    if code is None:
+        applied(proto, FOLD)
+    else:
+        assert refused(proto, FOLD) == {code: 1}
+
+
+def test_padding_of_the_channels() -> None:
+    nodes = [conv(), node("Pad", ["c", "pads"], ["p"], mode="edge"), batch_norm("p")]
+    pads = np.array([0, 1, 0, 0, 0, 1, 0, 0])
+    wide = {name: np.full(6, 2.0) for name in ("gamma", "beta", "mean", "var")}
+    assert refused(double(nodes, {**constants(), **wide, "pads": pads}), FOLD) == {"axis-mismatch": 1}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("pool", ["MaxPool", "GlobalMaxPool", "ReduceMax"])
+@pytest.mark.parametrize("gamma", [1.0, 0.0, -1.0])
+def test_not_monotone(gamma: float, pool: str, ahead: bool) -> None:
+    """A factor of zero would make nan of the infinity that a pool may be padded with."""
+    attributes = {"MaxPool": {"kernel_shape": [3, 3]}, "ReduceMax": {"axes": [2, -1]}}.get(pool, {})
+    nodes = [conv(), node(pool, ["c"], ["p"], **attributes), batch_norm("p")]
+    if ahead:
+        nodes = [
+            node("Relu", ["x"], ["r"]),
+            batch_norm("r", "n"),
+            node(pool, ["n"], ["p"], **attributes),
+            conv("p", "y", "point"),
+        ]
+    point = RNG.standard_normal((4, 4, 1, 1))
+    proto = double(nodes, constants(gamma=np.array([1, gamma, 1, 1]), point=point), x=("N", 4, 9, 9))
+    if gamma > 0:
+        applied(proto, FOLD)
+    else:
+        assert refused(proto, FOLD) == {"not-monotone": 1}
+
+
+def test_a_sum_with_an_operand_without_channels() -> None:
+    nodes = [conv("x", "p"), node("MatMul", ["z", "m"], ["q"]), node("Add", ["p", "q"], ["c"]), batch_norm()]
+    proto = double(nodes, constants(m=np.eye(6), z=np.eye(6)))
+    assert refused(proto, FOLD) == {"axis-mismatch": 1}
+
+
 def test_not_finite() -> None:
     none = constants(var=np.array([1.0, 0, 1, 1]))
     assert refused(double([conv(), batch_norm(epsilon=0.0)], none), FOLD) == {"not-finite": 1}

@@ -186,15 +186,18 @@ def close(name: str, wanted: Array, found: Array, tolerance: float) -> None:
 
 
 def run_seeds(seeds: range, worker: Worker | None, folder: Path) -> Counter[str]:
+    """What happened, counted; after the last seed, raises where any failed."""
     counts: Counter[str] = Counter()
+    failed: dict[int, str] = {}
     for seed in seeds:
         sample = random_model(random.Random(seed))
         try:
             counts += check(sample, worker, folder)
-        except BaseException:
-            print(f"seed {seed}, options {sample.options}")
-            print(onnx.printer.to_text(sample.model))
-            raise
+        except Exception as error:
+            failed[seed] = f"{type(error).__name__}: {error}"
+            print(f"seed {seed}, options {sample.options}: {failed[seed]}")
+            print(onnx.printer.to_text(sample.model), flush=True)
+    assert not failed, f"{len(failed)} of {len(seeds)} models failed: {failed}"
     return counts
 
 

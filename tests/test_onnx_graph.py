@@ -8,6 +8,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import batch_norm, body, conv, conv_constants, model, node, op_types
 
+import fuser
 from fuser import ops
 from fuser.errors import InputError
 from fuser.files import ModelFile
@@ -427,13 +428,33 @@ def test_a_cast_to_the_type_it_has_is_an_identity() -> None:
 
 
 @pytest.mark.parametrize("opset", [13, 18])
-@pytest.mark.parametrize(("axes", "reads"), [([2, 3], True), ([-1, -2], True), ([1, 2], False), ([0], False)])
-def test_the_mean_over_spatial_axes_is_a_pool(opset: int, axes: list[int], reads: bool) -> None:
-    if opset >= 18:
-        graph = graph_of(model([node("ReduceMean", ["x", "axes"])], constants={"axes": np.array(axes)}, opset=opset))
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("op", ["ReduceMean", "ReduceMax"])
+def test_reductions(op: str, kept: int, opset: int) -> None:
+    constants = {"axes": np.array([-1, 1])}
+    if opset < 18:
+        proto = model([node(op, ["x"], axes=[-1, 1], keepdims=kept)], opset=opset)
     else:
-        graph = graph_of(model([node("ReduceMean", ["x"], axes=axes)], opset=opset))
-    assert bool(list(graph.ops(ops.AveragePool))) is reads
+        proto = model([node(op, ["x", "axes"], keepdims=kept)], constants=constants, opset=opset)
+    (found,) = graph_of(proto).ops(ops.Reduction)
+    assert (found.function, found.axes, found.keeps_axes) == (op[6:].lower(), {1, 3}, bool(kept))
+
+
+def test_where_the_axes_of_a_reduction_are() -> None:
+    def reduction(*axes: int, kept: bool = False) -> ops.Reduction:
+        return ops.Reduction(None, None, None, "max", frozenset(axes), kept)
+
+    for axes in ((2, 3), (1, 2), (0,), (0, 3), (1, 3)):
+        gone = np.empty((2, 3, 4, 5)).max(axis=axes).shape
+        sizes = dict(enumerate((2, 3, 4, 5)))
+        op = reduction(*axes)
+        assert [sizes[op.axis_before(axis)] for axis in range(len(gone))] == list(gone)
+        for axis, size in sizes.items():
+            behind = op.axis_behind(axis)
+            assert (behind is None) is (axis in axes) and (behind is None or gone[behind] == size)
+            assert reduction(*axes, kept=True).axis_behind(axis) == (None if axis in axes else axis)
+            assert reduction(*axes, kept=True).axis_before(axis) == (None if axis in axes else axis)
+    assert reduction(1).axis_behind(-1) is None  # how far the last one is from the first is not known
 
 
 # -- models that are no graphs
@@ -529,6 +550,78 @@ def test_the_shape_of_a_computed_operand_tells_inference_more() -> None:
     ]
     graph = graph_of(model(nodes, constants={"one": np.array([1]), "v": np.full((4, 1, 1), 2, np.float32)}))
     assert graph.shape(the(graph, ops.Elementwise).output) == ("N", 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("target", "made"),
+    [(["n", "rest"], ("N", 32)), (["four", "rest", "n"], (4, 8, "N")), (["n", "n", "rest"], ("N", "N", None))],
+)
+def test_sizes_that_have_names_cancel_out_of_a_reshape(target: list[str], made: tuple[object, ...]) -> None:
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("Gather", ["s", "first"], ["n"]),
+        node("Concat", target, ["t"], axis=0),
+        node("Reshape", ["x", "t"], ["r"]),
+        node("Relu", ["r"], ["q"]),
+        node("Neg", ["q"]),
+    ]
+    constants = {"first": np.array([0]), "rest": np.array([-1]), "four": np.array([4])}
+    graph = graph_of(model(nodes, x=("N", 4, 8), constants=constants))
+    (op,) = graph.ops(ops.Reshape)
+    found, behind = graph.shape(op.output), graph.shape(graph.readers(op.output)[0].op.output)
+    for shape in (found, behind):
+        assert shape is not None and len(shape) == len(made)
+        assert all(size == wanted or wanted is None for size, wanted in zip(shape, made, strict=True))
+        assert all(not isinstance(size, int) for size, wanted in zip(shape, made, strict=True) if wanted is None)
+
+
+def test_what_a_body_reads_of_a_later_node_is_that_nodes() -> None:
+    """The runtime takes nodes in any order; at two depths here."""
+    inner = body([node("Relu", ["late"], ["r"])], ["r"])
+    outer = body([node("If", ["c"], ["p"], then_branch=inner, else_branch=inner), node("Neg", ["g"], ["late"])], ["p"])
+    nodes = [
+        node("Gemm", ["f", "w"], ["g"]),
+        node("If", ["c"], then_branch=outer, else_branch=body([node("Abs", ["h"], ["a"])], ["a"])),
+        node("Flatten", ["x"], ["f"]),
+        node("Exp", ["g"], ["h"]),
+    ]
+    proto = model(nodes, x=(2, 4, 8), constants={"w": np.ones((32, 3), np.float32), "c": np.array(True)})
+    proto.graph.output[0].type.tensor_type.shape.Clear()
+    before = proto.SerializeToString(deterministic=True)
+    graph = graph_of(proto)
+    assert proto.SerializeToString(deterministic=True) == before
+    assert [n.op for n in graph.wiring.editor.nodes] == ["Gemm", "If", "Flatten", "Exp"]
+    made_by = {n.op: {t.inputs[0].op for t in n.inputs if t.inputs} for n in graph.wiring.order}
+    assert made_by["Relu"] == {"Neg"} and made_by["Neg"] == {"Gemm"} and made_by["Abs"] == {"Exp"}
+    (exp,) = (n for n in graph.wiring.order if n.op == "Exp")
+    assert graph.shape(exp.outputs[0]) == (2, 3)
+    result = fuser.optimize(proto, verify=False)
+    assert op_types(result.model.graph) == ["Gemm", "If", "Flatten", "Exp"]
+
+
+def test_of_an_operator_that_gets_wider_the_rank_stays_known() -> None:
+    """Else the next pass could not tell on how many axes it works."""
+    constants = {"w": np.ones((4, 3), np.float32), "b": np.ones(3, np.float32)}
+    proto = model([node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"])], x=("N", 4), constants=constants)
+    graph = graph_of(proto)
+    linear = the(graph, ops.Linear)
+    graph.set_constants(linear, weight=np.ones((4, 5), np.float32), bias=np.ones(5, np.float32))
+    assert [graph.shape(value) for value in (linear.node.outputs[0], linear.output)] == [("N", None)] * 2
+
+
+def test_what_is_known_of_a_name_stays_known_of_what_takes_its_place() -> None:
+    """The type of what a custom operator makes is stated of a copy of it alone."""
+    nodes = [
+        node("Custom", ["x"], ["u"], domain="custom"),
+        node("Identity", ["u"], ["i"]),
+        node("CastLike", ["k", "i"], ["c"]),
+        node("Mul", ["i", "c"]),
+    ]
+    proto = model(nodes, constants={"k": np.array(2.0)})
+    proto.graph.value_info.append(helper.make_tensor_value_info("i", TensorProto.FLOAT, None))
+    result = fuser.optimize(proto, passes=["eliminate-identity", "fold-constants"], verify=False)
+    assert not result.report.warnings
+    assert op_types(result.model.graph) == ["Custom", "Mul"]
 
 
 def test_a_constant_that_only_what_goes_reads_is_freed() -> None:

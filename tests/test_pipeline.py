@@ -88,9 +88,10 @@ def test_stop_after_admits_so_many_rewrites() -> None:
 
 
 def test_left_out_rewrites_are_missed_as_rolled_back() -> None:
-    outcome = pipeline.run(chain("Identity", "Identity", "Relu"), [Drop()], leave_out=[("drop", "op0")])
+    outcome = pipeline.run(chain("Identity", "Identity", "Relu"), [Drop()], leave_out={("drop", "op0"): "too bold"})
     assert [r.site for r in outcome.applied] == ["op1"]
     assert [(r.site, r.code) for r in outcome.missed] == [("op0", "rolled-back")]
+    assert outcome.missed[0].reason.endswith("is not equivalent to the original: too bold")
 
 
 def test_a_pass_that_edits_while_matching_is_named() -> None:

@@ -50,6 +50,10 @@ LOSSES: list[tuple[Callable[[ModelProto], object], str]] = [
         "input 'x': dimension 0 was dynamic (N) and is 1",
     ),
     (
+        lambda m: x_of(m).tensor_type.shape.dim[0].__setattr__("dim_value", 0),
+        "input 'x': dimension 0 was dynamic (N) and is 0",
+    ),
+    (
         lambda m: x_of(m).tensor_type.shape.dim[0].ClearField("dim_param"),
         "input 'x': dimension 0 was dynamic (N) and is dynamic",
     ),

@@ -412,15 +412,52 @@ def test_average_pools(host: type) -> None:
         head=nn.AdaptiveAvgPool2d(1),
     )
     graph = build(host, net, image(2, 4, 16, 16))
-    assert [op.pads_counted for op in graph.ops(ops.AveragePool)] == [False, False, True, False, False]
+    pools = [op.pads_counted for op in graph.ops(ops.AveragePool)]
+    means = [(op.axes, op.keeps_axes) for op in graph.ops(ops.Reduction)]
+    assert pools[:3] == [False, False, True]
+    assert len(pools) + len(means) == 5 and means[-1] == ({2, 3}, False)
 
 
 @both_forms
-def test_means_that_touch_the_channels_and_unbatched_pools_are_none(host: type) -> None:
-    graph = build(host, Fn(lambda m, x: m.conv(x).mean((1, 2)) + 1, conv=nn.Conv2d(4, 4, 1)), image())
-    assert list(graph.ops(ops.AveragePool)) == []
+@pytest.mark.parametrize(
+    ("largest", "axes", "rank"),
+    [
+        (lambda x: x.amax((1, -1)), {1, 3}, 2),
+        (lambda x: x.amax(0, keepdim=True), {0}, 4),
+        (lambda x: torch.max(x, 2)[0], {2}, 3),
+        (lambda x: x.max(dim=-1, keepdim=True)[0], {3}, 4),
+        (lambda x: x.amax(), None, 0),
+        (lambda x: torch.amax(x, ()), None, 0),
+        (lambda x: torch.max(x), None, 0),
+        (lambda x: torch.max(x, x), None, 4),
+        (lambda x: torch.max(x, 2)[1], None, 3),
+        (lambda x: (y := torch.max(x, 2))[0] + y[1], None, 3),
+    ],
+)
+def test_maxima(host: type, largest: Callable[[Tensor], Tensor], axes: set[int] | None, rank: int) -> None:
+    net = Fn(lambda m, x: largest(m.norm(m.conv(x))), conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm2d(4))
+    graph = build(host, net, image())
+    assert [op.axes for op in graph.ops(ops.Reduction)] == ([] if axes is None else [axes])
+    for op in graph.ops(ops.Reduction):
+        assert graph.rank(op.output) == rank
+
+
+@both_forms
+def test_unbatched_pools_are_none(host: type) -> None:
     graph = build(host, Fn(lambda m, x: F.avg_pool2d(m.conv(x), 2), conv=nn.Conv2d(4, 4, 1)), image(4, 8, 8))
     assert list(graph.ops(ops.AveragePool)) == []
+
+
+def test_an_axis_that_was_declared_dynamic_and_is_not_has_a_number() -> None:
+    net = Fn(lambda m, x: torch.relu(m.norm(m.conv(x).view(2, 4, -1))), conv=nn.Conv2d(4, 4, 1), norm=nn.BatchNorm1d(4))
+    auto = torch.export.Dim.AUTO
+    program = torch.export.export(net.eval(), (image(),), dynamic_shapes=({0: auto, 2: auto, 3: auto},))
+    graph = TorchGraph.from_exported_program(program)
+    (op,) = graph.ops(ops.Conv)
+    shape = graph.shape(op.output)
+    assert shape is not None and shape[:2] == (2, 4) and isinstance(shape[2], str)
+    (norm,) = fuser.explain(program, passes=["fold-batch-norm"]).applied
+    assert norm.site == "norm"
 
 
 # -- constants

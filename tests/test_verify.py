@@ -266,6 +266,19 @@ def test_a_model_that_rejects_everything_says_what_to_give(verify: Any) -> None:
     assert verify(model, model, input_shapes={"x": (77, 13)}).passed
 
 
+def test_a_declared_size_of_zero_is_that_size(verify: Any) -> None:
+    model = parse("g (float[0,3] x) => (float[0,3] y) { y = Relu (x) }")
+    result = verify(model, model)
+    assert result.passed and "no output has any elements" in str(result)
+    assert verify(model, model, input_shapes={"x": (0, 3)}).passed
+    summed = parse("g (float[0,3] x) => (float y) { y = ReduceSum <keepdims = 0> (x) }")
+    assert verify(summed, summed).passed and "no output" not in str(verify(summed, summed))
+    text = "g (float[1,1,0] x) => (float[A,B,C] y) { y = Conv (x, w) }"
+    model = parse(text, w=np.ones((1, 1, 1), np.float32))
+    with pytest.raises(InputError, match=r"rejects every .*; it declares a size of 0 for 'x'"):
+        verify(model, model)
+
+
 def test_data_of_the_user(verify: Any, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=RNG.standard_normal((2, 6)).astype(np.float32))
     result = verify(linear(), linear(), inputs=tmp_path / "data.npz")
@@ -345,6 +358,7 @@ def test_a_truth_that_is_far_from_the_runtime_is_not_trusted(verify: Any, monkey
     ("options", "message"),
     [
         ({"contract": "roughly"}, "contract is 'exact' or 'rounding', not 'roughly'"),
+        ({"seed": -1}, "seed must not be negative"),
         ({"input_shapes": {"z": (1,)}}, "there is no input 'z'"),
     ],
 )

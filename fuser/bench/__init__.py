@@ -71,6 +71,10 @@ def benchmark(
         raise InputError(f"seconds must be positive, not {seconds:g}")
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, not {threads}")
+    if batch is not None and batch < 1:
+        raise InputError(f"batch must be at least 1, not {batch}")
+    if seed < 0:
+        raise InputError(f"seed must not be negative, and is {seed}")
     dtype = _DTYPES.get(dtype or "", dtype)
     if dtype not in (None, *_DTYPES.values()):
         raise InputError(f"there is no dtype {dtype!r}; give one of {', '.join(_DTYPES)}")

@@ -77,7 +77,7 @@ DATA_TYPES = {format.dtype: data_type for data_type, format in FORMATS.items()}
 
 def stored_size(tensor: onnx.TensorProto) -> int:
     """The bytes of a tensor's raw data.  Raises `InputError` for a negative dimension or a type without such."""
-    dims: Sequence[int] = tensor.dims
+    dims: tuple[int, ...] = tuple(tensor.dims)
     if len(dims) > _MAX_RANK or (dims and min(dims) < 0):
         raise InputError(
             f"tensor {shown(tensor.name)} has an impossible shape, {shown(list(dims))}; the file is corrupt"

@@ -14,6 +14,8 @@ from contextlib import ExitStack
 from functools import cached_property
 from typing import Any, TypeVar
 
+import numpy as np
+
 from fuser.errors import InputError
 from fuser.isolate import cores
 from fuser.proof.compare import Figures
@@ -76,6 +78,8 @@ def verify(
     """
     if contract not in CONTRACTS:
         raise InputError(f"contract is 'exact' or 'rounding', not {contract!r}")
+    if seed < 0:
+        raise InputError(f"seed must not be negative, and is {seed}")
     started = time.perf_counter()
     with ExitStack() as stack:
         workers = workers or stack.enter_context(Workers())
@@ -141,6 +145,8 @@ class _Comparison:
             return self._conclude("unverifiable", "rounding alone changes an output by half of its size, in every set")
         if result.interface:
             return self._conclude("incompatible", result.interface[0])
+        if not any(map(_has_elements, originals)):
+            return self._conclude("equivalent", "no output has any elements, so only types and shapes were compared")
         return result
 
     def _known(self, what: str, find: Callable[[], T]) -> T:
@@ -254,6 +260,11 @@ class _Comparison:
         self._blind = bool(blind) and all(blind)
         result.truth = _truth_used(used)
         return problem
+
+
+def _has_elements(outcome: Any) -> bool:
+    """Whether there is anything in an output, or in a list of them."""
+    return any(map(_has_elements, outcome)) if isinstance(outcome, list) else bool(np.size(outcome))
 
 
 def _number_of_sets(seconds: float) -> int:

@@ -160,9 +160,10 @@ def refused(specs: Sequence[Spec], message: str) -> InputError:
     remedy = (
         f"give sizes with --input-shape NAME:1,3,224,224, in Python input_shapes={{{shapes}}}, or " if shapes else ""
     )
+    empty = ", ".join(f"a size of 0 for {spec.name!r}" for spec in specs if 0 in (spec.dims or []))
     return InputError(
         f"the model rejects every generated input for {names} (the last answer: {message}); "
-        f"{remedy}{_HOW.format(name=specs[0].name if specs else 'x')}"
+        f"{f'it declares {empty}; ' if empty else ''}{remedy}{_HOW.format(name=specs[0].name if specs else 'x')}"
     )
 
 
@@ -190,7 +191,7 @@ def _spec(value: onnx.ValueInfoProto, hint: Hint) -> Spec:
 def _dim(dim: onnx.TensorShapeProto.Dimension) -> int | str | None:
     if dim.WhichOneof("value") == "dim_param" and dim.dim_param:
         return str(dim.dim_param)
-    return int(dim.dim_value) if dim.dim_value > 0 else None
+    return int(dim.dim_value) if dim.WhichOneof("value") == "dim_value" and dim.dim_value >= 0 else None
 
 
 def _pinned(name: str, dims: Sequence[int | str | None], hint: Hint) -> list[int | str]:
@@ -206,7 +207,7 @@ def _merge(spec: Spec, shape: list[int]) -> list[int | str]:
     if spec.dims is not None and len(spec.dims) != len(shape):
         raise InputError(f"input {spec.name!r} has {len(spec.dims)} dimensions, not {len(shape)}")
     for axis, (dim, size) in enumerate(zip(spec.dims or shape, shape, strict=True)):
-        if size < 1 or (isinstance(dim, int) and dim != size):
+        if dim != size and (size < 1 or isinstance(dim, int)):
             raise InputError(f"dimension {axis} of input {spec.name!r} is {dim}; it cannot be {size}")
     return list(shape)
 

@@ -127,7 +127,7 @@ def _dim(dim: onnx.TensorShapeProto.Dimension) -> str:
     which = dim.WhichOneof("value")
     if which == "dim_param" and dim.dim_param:
         return f"dynamic ({dim.dim_param})"
-    return str(dim.dim_value) if which == "dim_value" and dim.dim_value > 0 else "dynamic"
+    return str(dim.dim_value) if which == "dim_value" and dim.dim_value >= 0 else "dynamic"
 
 
 def _kind(kind: str | None) -> str:

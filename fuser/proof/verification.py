@@ -23,7 +23,7 @@ class Verification:
         "different": the outputs differ by more than rounding explains, or one of the models fails where the
         other runs; "incompatible": the outputs agree but the interface has lost something; "unverifiable": the
         comparison could not be made.
-    reason: why, in one line.
+    reason: why, in one line; empty where the models are equivalent and there was something to compare.
     truth: what the outputs were judged against: "float64" (the float64 result of the original), "noise-floor"
         (the original's own variation, where float64 could not be had), "bits" (an exact contract), "none".
     truth_note: why float64 could not be had; for "bits", why the runs need not have equal ones.
@@ -66,7 +66,7 @@ class Verification:
 
     def __str__(self) -> str:
         """One line: the verdict, the worst figure, what it was judged against."""
-        if not self.passed:
+        if self.reason:
             return f"{self.verdict}: {self.reason}"
         sets = f"{len(self.sets)} input set{'s' if len(self.sets) != 1 else ''}"
         floats = [output for output in self.outputs if output.snr_db or output.max_abs]

@@ -312,7 +312,7 @@ class OnnxGraph:
     def set_constants(self, op: Op, **arrays: Array | None) -> None:
         node: gs.Node = op.node
         if isinstance(op, Conv | Linear) and self._resizes(op, arrays.get("weight")):
-            self._forget_size(op)
+            self._forget_width(op)
         for field, array in arrays.items():
             if array is None:
                 self.wiring.truncate_inputs(node, OPERANDS[node.op][field])  # what is optional comes last
@@ -597,7 +597,12 @@ class OnnxGraph:
         return self.same_scope(producer, op.node)
 
     def _redirect(self, output: gs.Tensor, value: gs.Tensor, *, may_rename: bool) -> None:
-        """Readers of `output`, whose node is gone, read `value`."""
+        """Readers of `output`, whose node is gone, read `value`.
+
+        may_rename: they are alike in type and shape.
+        """
+        if may_rename:
+            self.known.inherit(value, output)
         readers, others = self.wiring.uses(output), self.wiring.uses(value)
         producer = self.producer(value)
         renames = may_rename and producer is not None and not others and self.same_scope(producer, output.inputs[0])
@@ -615,11 +620,15 @@ class OnnxGraph:
         old = self.shape(op.weight)
         return weight is not None and (old is None or old[op.out_axis] != weight.shape[op.out_axis])
 
-    def _forget_size(self, op: Conv | Linear) -> None:
-        """What is stated of the size of the op's output is no longer true."""
-        if op.node.outputs[0] is not op.output:  # of a MatMul whose bias an Add adds
-            self._rename_output(op.node)
-        self.known.forget(op.output)
+    def _forget_width(self, op: Conv | Linear) -> None:
+        """What is stated of the number of channels of the op's output is no longer true."""
+        axis = -1 if isinstance(op, Linear) else 1
+        product = op.node.outputs[0]
+        if product is not op.output:  # of a MatMul whose bias an Add adds
+            fresh = self._rename_output(op.node)
+            self.known.inherit(fresh, product)
+            self.known.forget_size(fresh, axis)
+        self.known.forget_size(op.output, axis)
 
     def _rename_output(self, node: gs.Node) -> gs.Tensor:
         """Under its old name, another shape may be declared than it has now."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import numpy as np
@@ -14,7 +15,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from fuser.files import ModelFile
-from fuser.graph import Array
+from fuser.graph import Array, Dim
 from fuser.graphs.onnx.readers import OLDEST_OPSET
 from fuser.graphs.onnx.sizes import MAX_SIZES, SizeArithmetic
 from fuser.graphs.onnx.values import (
@@ -160,12 +161,12 @@ class KnownValues:
         node = tensor.inputs[0] if tensor.inputs else None
         if node is None or node.op != "Reshape" or len(node.inputs) < 2 or not is_standard(node):
             return inferred
-        target = self.value(node.inputs[1])
-        if isinstance(target, Missed) or (inferred is not None and len(inferred) != target.size):
+        target = self._target(node.inputs[1])
+        if target is None or (inferred is not None and len(inferred) != len(target)):
             return inferred
         source = self.shape(node.inputs[0])
         told = _resized(source, target, allow_zero=bool(node.attrs.get("allowzero")))
-        here = inferred or (None,) * target.size
+        here = inferred or (None,) * len(target)
         return tuple(b if isinstance(b, int) or a is None else a for a, b in zip(here, told, strict=True))
 
     def learn(self) -> None:
@@ -173,6 +174,14 @@ class KnownValues:
         for node in self._wiring.order:
             if not self._wiring.is_erased(node) and any(id(output) not in self._known for output in node.outputs):
                 self._classify(node)
+
+    def _target(self, tensor: gs.Tensor) -> Shape | None:
+        """What is known of the target of a Reshape."""
+        value = self.value(tensor)
+        if not isinstance(value, Missed):
+            return tuple(int(size) for size in value)
+        sizes = self._sizes.of(tensor)
+        return None if sizes is None or sizes.ndim != 1 else tuple(sizes)
 
     def inherit(self, tensor: gs.Tensor, source: gs.Tensor) -> None:
         """`tensor` now holds what `source` held."""
@@ -183,9 +192,13 @@ class KnownValues:
         """What an edit knows of a new value."""
         self._inferred()[id(tensor)] = element_type or TensorProto.UNDEFINED, shape
 
-    def forget(self, tensor: gs.Tensor) -> None:
-        """The shape of `tensor` is no longer what was inferred."""
-        self._inferred().pop(id(tensor), None)
+    def forget_size(self, tensor: gs.Tensor, axis: int) -> None:
+        """The size of one axis of `tensor` is no longer what was inferred."""
+        element_type, shape = self._inferred().get(id(tensor), (0, None))
+        if shape:
+            sizes = list(shape)
+            sizes[axis] = None
+            self._inferred()[id(tensor)] = element_type, tuple(sizes)
 
     # -- one sweep at the start
 
@@ -314,8 +327,8 @@ class KnownValues:
         model, main = self._model.proto, self._wiring.scopes[0]
         nodes = [self._wiring.proto(node) for node in self._wiring.order if self._wiring.scope(node) is main]
         pairs = zip(nodes, model.graph.node, strict=False)
-        if main.children or all(node is None or node.output == other.output for node, other in pairs):
-            return model  # the scopes of bodies are in the order of their nodes
+        if all(node is None or node.output == other.output for node, other in pairs):
+            return model
         ordered = ModelProto()
         ordered.CopyFrom(model)
         del ordered.graph.node[:]
@@ -325,16 +338,19 @@ class KnownValues:
     def _infer_further(self) -> None:
         """Infer shapes again with what was computed, until that tells nothing new.
 
-        Inference does not compute the operand of a Reshape; and behind one whose size is not known, a `Shape` is not
-        known before run time, nor is what is computed of it.
+        Inference does not compute the operand of a Reshape, nor divide sizes that have names; and behind a value whose
+        size is not known, a `Shape` is not known before run time, nor is what is computed of it.
         """
         sizes: dict[str, Array] = {}
         shapes: dict[str, tuple[int, Shape]] = {}
-        while self._has_unknown_shapes():
-            edge = [output for output in self._computed_edge() if output.name not in sizes | shapes]
-            new_sizes = {output.name: value for output in edge if (value := self._size(output)) is not None}
-            # What is no size is asked only when all sizes have told what they could: it may be large.
-            new_shapes = {} if new_sizes else self._unknown_shapes(edge)
+        while True:
+            new_sizes: dict[str, Array] = {}
+            new_shapes = self._reshaped_shapes(shapes)
+            if self._has_unknown_shapes():
+                edge = [output for output in self._computed_edge() if output.name not in sizes | shapes]
+                new_sizes = {output.name: value for output in edge if (value := self._size(output)) is not None}
+                # What is no size is asked only when all else has told what it could: it may be large.
+                new_shapes = new_shapes if new_sizes or new_shapes else self._unknown_shapes(edge)
             if not new_sizes and not new_shapes:
                 return
             sizes, shapes = sizes | new_sizes, shapes | new_shapes
@@ -342,9 +358,25 @@ class KnownValues:
             for node in self._wiring.order:
                 self._classify(node)
 
+    def _reshaped_shapes(self, told: Collection[str]) -> dict[str, tuple[int, Shape]]:
+        """What Reshapes of the main graph make, where their targets tell more than inference did; each but once."""
+        main = self._wiring.scopes[0]
+        found: dict[str, tuple[int, Shape]] = {}
+        for node in self._wiring.order:
+            if node.op != "Reshape" or self._wiring.scope(node) is not main or node.outputs[0].name in told:
+                continue
+            output = node.outputs[0]
+            shape, element_type = self.shape(output), self.element_type(output)
+            if shape and element_type and shape != self._inferred_shape(output) and not self._wiring.public(output):
+                found[output.name] = element_type, shape
+        return found
+
     def _has_unknown_shapes(self) -> bool:
-        outputs = (output for node in self._wiring.order if not self.is_foldable(node) for output in node.outputs)
-        return any(not _is_proven(self._inferred_shape(output)) for output in outputs if not output.is_empty())
+        return any(
+            not _is_proven(self._inferred_shape(output)) and not output.is_empty() and not self.is_foldable(node)
+            for node in self._wiring.order
+            for output in node.outputs
+        )
 
     def _computed_edge(self) -> list[gs.Tensor]:
         """What nodes of the main graph make of constants alone, and other nodes read."""
@@ -387,9 +419,15 @@ class KnownValues:
         for info in (*graph.input, *graph.value_info, *graph.output):
             if info.name in scope.names:
                 self._types[id(scope.names[info.name])] = type_and_shape(info)
-        bodies = [a.g for node in graph.node for a in node.attribute if a.type == AttributeProto.GRAPH]
-        if len(bodies) == len(scope.children) and not scope.frozen:
-            for child, body in zip(scope.children, bodies, strict=True):
+        if scope.frozen:
+            return
+        children: dict[tuple[str, ...], list[Scope]] = {}
+        for child in scope.children:
+            assert child.owner is not None
+            children.setdefault(tuple(output.name for output in child.owner.outputs), []).append(child)
+        for node in graph.node:
+            bodies = [a.g for a in node.attribute if a.type == AttributeProto.GRAPH]
+            for child, body in zip(children.get(tuple(node.output), ()), bodies, strict=False):
                 self._collect(child, body)
 
 
@@ -409,15 +447,22 @@ def tensor_proto(tensor: gs.Constant) -> TensorProto | None:
     return values.tensor if isinstance(values, LazyValues) and not isinstance(values, SparseValues) else None
 
 
-def _resized(source: Shape | None, target: Array, *, allow_zero: bool) -> Shape:
+def _resized(source: Shape | None, target: Shape, *, allow_zero: bool) -> Shape:
     """The shape that a Reshape of `source` to `target` makes: 0 copies a size, -1 is what the others leave."""
-    copies = [i for i, n in enumerate(target) if n == 0 and not allow_zero]
-    copied = (*(source or ()), *[None] * target.size)
-    told = [int(n) if n > 0 else copied[i] if i in copies else None for i, n in enumerate(target)]
-    open_ends = np.flatnonzero(target == -1)
-    if source is not None and open_ends.size == 1:
-        given = elements(tuple(size for i, size in enumerate(source) if i not in copies))
-        taken = math.prod(int(n) for n in target if n > 0)
-        if given is not None and given % taken == 0:
-            told[open_ends[0]] = given // taken
+    copies = [i for i, size in enumerate(target) if size == 0 and not allow_zero]
+    copied = (*(source or ()), *[None] * len(target))
+    told = [copied[i] if i in copies else None if size == -1 else size for i, size in enumerate(target)]
+    if source is not None and target.count(-1) == 1:
+        given = [size for i, size in enumerate(source) if i not in copies]
+        taken = [size for i, size in enumerate(target) if i not in copies and size != -1]
+        told[target.index(-1)] = _quotient(given, taken)
     return tuple(told)
+
+
+def _quotient(given: list[Dim], taken: list[Dim]) -> int | None:
+    """What is left of a product of sizes, when that of others is taken out; those with names have to cancel out."""
+    left = Counter(size for size in given if not isinstance(size, int))
+    if None in left or left != Counter(size for size in taken if not isinstance(size, int)):
+        return None
+    numbers = [math.prod(size for size in sizes if isinstance(size, int)) for sizes in (given, taken)]
+    return numbers[0] // numbers[1] if numbers[1] and numbers[0] % numbers[1] == 0 else None

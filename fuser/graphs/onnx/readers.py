@@ -417,7 +417,11 @@ def _average_pool(n: NodeReader) -> ops.Op:
 def _max_pool(n: NodeReader) -> ops.Op:
     if n.extra_outputs:  # indices into the input, padding included
         raise Unreadable
-    return ops.MaxPool(n.node, n.output, n.required(0), _window(n))
+    return ops.MaxPool(n.node, n.output, n.required(0), len(n.attribute("kernel_shape")), _window(n))
+
+
+def _global_max_pool(n: NodeReader) -> ops.Op:
+    return ops.MaxPool(n.node, n.output, n.required(0), n.rank(n.required(0)) - 2)
 
 
 def _window(n: NodeReader) -> ops.Window | None:
@@ -489,12 +493,15 @@ def _global_average_pool(n: NodeReader) -> ops.Op:
     return ops.AveragePool(n.node, n.output, n.required(0))
 
 
-def _reduce_mean(n: NodeReader) -> ops.Op:
-    """The mean over all or some spatial axes; axis 1 stays where it is."""
+def _reduction(n: NodeReader) -> ops.Op:
+    """Over the axes of an attribute, or of an input since opset 18."""
+    value = n.required(0)
     axes = n.known(1).tolist() if n.input(1) is not None else n.attribute("axes")
-    if not axes or min(n.axis(axis, n.required(0)) for axis in axes) < 2:
+    if not axes:
         raise Unreadable
-    return ops.AveragePool(n.node, n.output, n.required(0))
+    function = n.node.op.removeprefix("Reduce").lower()
+    along = frozenset(n.axis(axis, value) for axis in axes)
+    return ops.Reduction(n.node, n.output, value, function, along, bool(n.attribute("keepdims", 1)))
 
 
 def _dequantize(n: NodeReader) -> ops.Op:
@@ -532,8 +539,9 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Pad": (ops.Pad, _pad),
     "AveragePool": (ops.AveragePool, _average_pool),
     "GlobalAveragePool": (ops.AveragePool, _global_average_pool),
-    "ReduceMean": (ops.AveragePool, _reduce_mean),
+    **dict.fromkeys(("ReduceMean", "ReduceMax"), (ops.Reduction, _reduction)),
     "MaxPool": (ops.MaxPool, _max_pool),
+    "GlobalMaxPool": (ops.MaxPool, _global_max_pool),
     "Resize": (ops.Resize, _resize),
     "Upsample": (ops.Resize, _resize),
     **dict.fromkeys(("Relu", "Sigmoid", "HardSigmoid", "Softmax"), (ops.Bounded, _at_least_zero)),

@@ -9,16 +9,15 @@ defines a name of an outer scope again is `frozen`, that is, left alone.
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto
-from onnx_graphsurgeon.logger import G_LOGGER
 
 from fuser.errors import InputError
+from fuser.graphs.onnx.importing import import_model, names_read
 
 
 class Scope:
@@ -86,8 +85,7 @@ class Wiring:
     """
 
     def __init__(self, model: onnx.ModelProto, dropped_inputs: Collection[str] = ()) -> None:
-        with _quietly():
-            self.editor = _import(model)
+        self.editor = import_model(model)
         self.scopes: list[Scope] = []
         self.erased: dict[int, gs.Node] = {}
         self.touched: dict[int, gs.Node] = {}
@@ -300,7 +298,22 @@ class Wiring:
             self._public.setdefault(id(tensor), []).append(label)
 
     def _ordered(self) -> list[gs.Node]:
-        return [node for scope in self.scopes for node in _topological(list(scope.nodes()))]
+        captured = self._captured()
+        return [node for scope in self.scopes for node in _topological(list(scope.nodes()), captured)]
+
+    def _captured(self) -> dict[int, list[gs.Tensor]]:
+        """What the bodies of a node read from outside of it, by the node's id."""
+        captured: dict[int, list[gs.Tensor]] = {}
+        for scope in self.scopes:
+            if scope.owner is None:
+                continue
+            read = [tensor for node in scope.nodes() for tensor in node.inputs]
+            for tensor in (*read, *scope.editor.outputs):
+                home, outer = self.home(tensor), scope
+                while outer is not home and outer.owner is not None and outer.parent is not None:
+                    captured.setdefault(id(outer.owner), []).append(tensor)
+                    outer = outer.parent
+        return captured
 
     def _add_use(self, tensor: gs.Tensor, node: gs.Node, position: int) -> None:
         if not tensor.is_empty():
@@ -347,37 +360,6 @@ def _unread_initializers(model: onnx.ModelProto, dropped_inputs: Collection[str]
     return [tensor.name for tensor in graph.initializer if tensor.name not in needed]
 
 
-def names_read(graph: GraphProto | FunctionProto) -> set[str]:
-    """Every name that the graph or a body inside it reads, its own included."""
-    names = {name for node in graph.node for name in node.input}
-    if isinstance(graph, GraphProto):
-        names |= {info.name for info in graph.output}
-    for node in graph.node:
-        for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                names |= names_read(body)
-    return names
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """GraphSurgeon warns of its own export, which is not used; what it cannot read, it raises as well as prints."""
-    severity = G_LOGGER.severity
-    G_LOGGER.severity = G_LOGGER.CRITICAL + 1
-    try:
-        yield
-    finally:
-        G_LOGGER.severity = severity
-
-
-def _import(model: onnx.ModelProto) -> gs.Graph:
-    try:
-        return gs.import_onnx(model)
-    except Exception as error:  # it raises its own type for what it does not know
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"onnx-graphsurgeon cannot read the model: {first}") from error
-
-
 def _opset(imports: Sequence[onnx.OperatorSetIdProto]) -> int:
     return next((entry.version for entry in imports if entry.domain in ("", "ai.onnx")), 0)
 
@@ -404,12 +386,15 @@ def _bodies(nodes: Sequence[gs.Node]) -> Iterator[gs.Graph]:
                 yield from _bodies(value.nodes)
 
 
-def _topological(nodes: list[gs.Node]) -> list[gs.Node]:
-    """The nodes in an order in which each is made before it is read; mostly the one they have."""
+def _topological(nodes: list[gs.Node], captured: Mapping[int, Sequence[gs.Tensor]]) -> list[gs.Node]:
+    """The nodes in an order in which each is made before it is read; mostly the one they have.
+
+    captured: what a node reads beside its inputs, by its id.
+    """
     mine = {id(node): node for node in nodes}
     ahead = set(mine)  # what is not made yet
     for node in nodes:
-        for tensor in node.inputs:
+        for tensor in (*node.inputs, *captured.get(id(node), ())):
             if tensor.inputs and not ahead.isdisjoint(map(id, tensor.inputs)):
                 break
         else:
@@ -418,7 +403,15 @@ def _topological(nodes: list[gs.Node]) -> list[gs.Node]:
         break
     else:
         return nodes
-    needs = {id(node): [id(p) for tensor in node.inputs for p in tensor.inputs if id(p) in mine] for node in nodes}
+    needs = {
+        id(node): [
+            id(producer)
+            for tensor in (*node.inputs, *captured.get(id(node), ()))
+            for producer in tensor.inputs
+            if id(producer) in mine
+        ]
+        for node in nodes
+    }
     try:
         return [mine[key] for key in graphlib.TopologicalSorter(needs).static_order()]
     except graphlib.CycleError as error:

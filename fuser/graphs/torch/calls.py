@@ -84,6 +84,9 @@ _FUNCTIONS: dict[Any, OpOverload] = {
     torch.concat: aten.cat.default,
     torch.concatenate: aten.cat.default,
     torch.mean: aten.mean.dim,
+    torch.amax: aten.amax.default,
+    torch.max: aten.max.dim,
+    torch.adaptive_max_pool1d: aten.adaptive_max_pool1d.default,
     F.avg_pool1d: aten.avg_pool1d.default,
     F.avg_pool2d: aten.avg_pool2d.default,
     F.avg_pool3d: aten.avg_pool3d.default,
@@ -125,6 +128,8 @@ _METHODS: dict[str, OpOverload] = {
     "transpose": aten.transpose.int,
     "t": aten.t.default,
     "mean": aten.mean.dim,
+    "amax": aten.amax.default,
+    "max": aten.max.dim,
     "relu": aten.relu.default,
     "relu_": aten.relu_.default,
     "clamp": aten.clamp.default,
@@ -156,8 +161,24 @@ _DISPATCHED: dict[Any, tuple[str, Any]] = {
     F.max_pool1d: ("max_pool1d", F.max_pool1d_with_indices),
     F.max_pool2d: ("max_pool2d", F.max_pool2d_with_indices),
     F.max_pool3d: ("max_pool3d", F.max_pool3d_with_indices),
+    F.adaptive_max_pool1d: ("adaptive_max_pool1d", F.adaptive_max_pool1d_with_indices),
+    F.adaptive_max_pool2d: ("adaptive_max_pool2d", F.adaptive_max_pool2d_with_indices),
+    F.adaptive_max_pool3d: ("adaptive_max_pool3d", F.adaptive_max_pool3d_with_indices),
 }
 """Functions that choose between two by an argument, and one whose parameters they share."""
+
+WITH_INDICES = "_with_indices"
+"""How the names end of operators that return the largest elements, and where they were."""
+
+_UNNAMED = frozenset(
+    {
+        aten.max.dim,
+        aten.adaptive_max_pool1d.default,
+        aten.adaptive_max_pool2d.default,
+        aten.adaptive_max_pool3d.default,
+    }
+)
+"""Those whose names do not say so."""
 
 _VARIADIC = frozenset({"view", "reshape", "permute"})
 """Methods that take a tuple or its elements."""
@@ -196,7 +217,7 @@ def _of_python(name: str, function: Callable[..., Any]) -> Signature:
 @cache
 def _of_overload(overload: OpOverload) -> Signature:
     return Signature(
-        overload._opname,
+        f"{overload._opname}{WITH_INDICES}" if overload in _UNNAMED else overload._opname,
         tuple(
             Parameter(a.name, a.default_value if a.has_default_value() else REQUIRED, a.kwarg_only)
             for a in overload._schema.arguments

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx, nn
 
-from fuser.graphs.torch.calls import bind, signature
+from fuser.graphs.torch.calls import WITH_INDICES, bind, signature
 from fuser.graphs.torch.purity import is_known_function
 from fuser.graphs.torch.readers import CONVS, DROPOUTS, NORMS, POOLS
 
@@ -175,9 +175,20 @@ class Facts:
             self._relate(node, data, 0, dtype)
         elif name == "unsqueeze":
             self._relate(node, data, 1, dtype)
-        elif name == "mean" and isinstance(given["dim"], (int, list, tuple)):
-            axes_gone = 0 if given["keepdim"] else 1 if isinstance(given["dim"], int) else len(given["dim"])
-            self._relate(node, data, -axes_gone, dtype)
+        elif name in ("mean", "amax", f"max{WITH_INDICES}"):
+            self._reduce(node, data, name, given, dtype)
+
+    def _reduce(
+        self, node: fx.Node, data: fx.Node, name: str, given: dict[str, Any], dtype: torch.dtype | None
+    ) -> None:
+        """Along some axes; without any it is along all of them."""
+        axes = [given["dim"]] if isinstance(given["dim"], int) else given["dim"]
+        if not isinstance(axes, (list, tuple)) or not axes or not all(isinstance(axis, int) for axis in axes):
+            return
+        self._learn(data, Bounds(low=max(axis + 1 if axis >= 0 else -axis for axis in axes)))
+        first = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+        for output in first if name.endswith(WITH_INDICES) else [node]:
+            self._relate(output, data, 0 if given["keepdim"] else -len(axes), dtype)
 
     def _flatten(self, node: fx.Node, data: fx.Node, start: Any, end: Any) -> None:
         if isinstance(start, int) and start >= 0 and end == -1:

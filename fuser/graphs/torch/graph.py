@@ -208,7 +208,7 @@ class TorchGraph:
                 tensor = self._known_tensor(value)
         if tensor is None:
             return None
-        return tuple(size if isinstance(size, int) else str(size) for size in tensor.shape)
+        return tuple(map(_dim, tensor.shape))
 
     def rank(self, value: Value) -> int | None:
         shape = self.shape(value)
@@ -299,7 +299,8 @@ class TorchGraph:
         """The first element of a node that returns several; `alone`: where nobody reads the others."""
         parts = [(user.target is operator.getitem and user.args[1], user) for user in node.users]
         first = [user for index, user in parts if index == 0 and index is not False]
-        if len(first) != 1 or (alone and any(user.users for _, user in parts if user is not first[0])):
+        others = [user for _, user in parts if user not in first]
+        if len(first) != 1 or (alone and any(user.users or user.target is not operator.getitem for user in others)):
             raise Unreadable
         return first[0]
 
@@ -640,6 +641,14 @@ class TorchGraph:
                 if user.target is operator.getitem and not user.users:
                     self._wiring.erase(user)
             self._wiring.erase(node)
+
+
+def _dim(size: int | torch.SymInt) -> Dim:
+    """A symbolic size may be a number: of an axis that was declared dynamic, and turned out to have but one size."""
+    if isinstance(size, int):
+        return size
+    number: int | None = size.node.maybe_as_int()
+    return str(size) if number is None else number
 
 
 def _memory(tensor: torch.Tensor) -> int:

@@ -160,7 +160,7 @@ _FRESH_MODULES = frozenset(
 _FRESH_OPERATORS = re.compile(
     "(_?convolution|conv[123]d|conv_transpose[123]d|linear|addmm|mm|matmul|.*batch_norm.*|add|sub|mul|(true)?div|"
     "relu6?|silu|gelu|sigmoid|tanh|hard(tanh|swish|sigmoid)|leaky_relu|avg_pool[123]d|adaptive_avg_pool[123]d|"
-    "max_pool[123]d|pad|constant_pad_nd|interpolate|_?upsample_.*|cat|mean|clone)"
+    "(adaptive_)?max_pool[123]d|amax|pad|constant_pad_nd|interpolate|_?upsample_.*|cat|mean|clone)"
 )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from fuser import ops
-from fuser.graphs.torch.calls import REQUIRED
+from fuser.graphs.torch.calls import REQUIRED, WITH_INDICES
 from fuser.graphs.torch.purity import has_hooks
 from fuser.remarks import Missed
 
@@ -346,13 +346,21 @@ def _average_pool(call: Call) -> ops.Op:
 def _max_pool(call: Call) -> ops.Op:
     if call.static("return_indices", False):
         raise Unreadable
-    several = call.name in SEVERAL_OUTPUTS
-    return ops.MaxPool(
-        call.node,
-        call.graph.first_output(call.node, alone=True) if several else call.node,
-        call.required("self" if "self" in call.arguments else "input"),
-        _window(call, int(call.name.removesuffix("_with_indices")[-2])),
-    )
+    spatial = int(call.name.removesuffix(WITH_INDICES)[-2])
+    value, window = call.required("self" if "self" in call.arguments else "input"), _window(call, spatial)
+    return ops.MaxPool(call.node, _largest(call), value, spatial, window)
+
+
+def _adaptive_max_pool(call: Call) -> ops.Op:
+    if call.static("return_indices", False):
+        raise Unreadable
+    value = call.required("self" if "self" in call.arguments else "input")
+    return ops.MaxPool(call.node, _largest(call), value, int(call.name.removesuffix(WITH_INDICES)[-2]))
+
+
+def _largest(call: Call) -> fx.Node:
+    """The elements, where nobody asks where they were."""
+    return call.graph.first_output(call.node, alone=True) if call.name in SEVERAL_OUTPUTS else call.node
 
 
 def _window(call: Call, spatial: int) -> ops.Window | None:
@@ -422,13 +430,14 @@ def _adaptive_average_pool(call: Call) -> ops.Op:
     return ops.AveragePool(call.node, call.node, value)
 
 
-def _mean(call: Call) -> ops.Op:
-    """The mean over all or some spatial axes; axis 1 stays where it is."""
+def _reduction(call: Call) -> ops.Op:
+    """Along some axes; without any it is along all of them."""
     value, axes = call.required("self"), call.static("dim")
-    axes = (axes,) if isinstance(axes, int) else axes
-    if not axes or call.arguments.get("dtype") is not None or min(call.axis(axis, value) for axis in axes) < 2:
+    axes = [axes] if isinstance(axes, int) else axes
+    if not axes or call.arguments.get("dtype") is not None:
         raise Unreadable
-    return ops.AveragePool(call.node, call.node, value)
+    function, along = "mean" if call.name == "mean" else "max", frozenset(call.axis(axis, value) for axis in axes)
+    return ops.Reduction(call.node, _largest(call), value, function, along, bool(call.static("keepdim")))
 
 
 def _dequantize(call: Call) -> ops.Op:
@@ -477,9 +486,13 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
         (ops.AveragePool, _adaptive_average_pool),
     ),
     **dict.fromkeys(("_adaptive_avg_pool2d", "_adaptive_avg_pool3d"), (ops.AveragePool, _adaptive_average_pool)),
-    "mean": (ops.AveragePool, _mean),
+    **dict.fromkeys(("mean", "amax", f"max{WITH_INDICES}"), (ops.Reduction, _reduction)),
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d"), (ops.MaxPool, _max_pool)),
     **dict.fromkeys(("max_pool2d_with_indices", "max_pool3d_with_indices"), (ops.MaxPool, _max_pool)),
+    **dict.fromkeys(
+        (f"adaptive_max_pool{axes}d{end}" for axes in (1, 2, 3) for end in ("", WITH_INDICES)),
+        (ops.MaxPool, _adaptive_max_pool),
+    ),
     **dict.fromkeys(("interpolate", "upsample_linear1d", "upsample_trilinear3d"), (ops.Resize, _resize)),
     **dict.fromkeys(("upsample_bilinear2d", "upsample_bicubic2d"), (ops.Resize, _resize)),
     **dict.fromkeys(("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d"), (ops.Resize, _resize)),
@@ -496,7 +509,7 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
 SEVERAL_OUTPUTS = frozenset(
     name
     for name, (kind, _) in READERS.items()
-    if (kind is ops.BatchNorm and name != "batch_norm") or name.endswith("_with_indices") or name.startswith("native_")
+    if (kind is ops.BatchNorm and name != "batch_norm") or name.endswith(WITH_INDICES) or name.startswith("native_")
 )
 """Operators that return a tuple; the vocabulary's output is its first element."""
 
@@ -653,10 +666,12 @@ def _average_pool_module(call: ModuleCall) -> ops.Op:
 
 
 def _max_pool_module(call: ModuleCall) -> ops.Op:
-    if call.module.return_indices:
+    module = call.module
+    if module.return_indices:
         raise Unreadable
-    window = _module_window(call.module, MAX_POOLS[type(call.module)])
-    return ops.MaxPool(call.node, call.node, call.input, window, hooked=call.hooked)
+    spatial, adapts = MAX_POOLS[type(module)], not hasattr(module, "kernel_size")
+    window = None if adapts else _module_window(module, spatial)
+    return ops.MaxPool(call.node, call.node, call.input, spatial, window, hooked=call.hooked)
 
 
 def _module_window(module: Any, spatial: int) -> ops.Window | None:
@@ -701,7 +716,14 @@ POOLS: dict[type[nn.Module], int] = {
 }
 """Average pooling module -> number of spatial axes."""
 
-MAX_POOLS: dict[type[nn.Module], int] = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+MAX_POOLS: dict[type[nn.Module], int] = {
+    nn.MaxPool1d: 1,
+    nn.MaxPool2d: 2,
+    nn.MaxPool3d: 3,
+    nn.AdaptiveMaxPool1d: 1,
+    nn.AdaptiveMaxPool2d: 2,
+    nn.AdaptiveMaxPool3d: 3,
+}
 """Max pooling module -> number of spatial axes."""
 
 PADS: dict[type[nn.Module], str] = {
