@@ -217,6 +217,19 @@ def test_a_transpose_of_single_elements_is_a_reshape(
         assert refused(proto, ELIMINATE) == {}
 
 
+def test_transposes_that_become_one_and_then_a_reshape() -> None:
+    """The permutation that the first rewrite stated goes with the second one."""
+    nodes = [
+        node("Reshape", ["x", "s"], ["r"]),
+        node("Transpose", ["r"], ["a"], perm=[1, 0, 2]),
+        node("Transpose", ["a"], ["b"], perm=[1, 2, 0]),
+        node("Softmax", ["b"], axis=0),
+    ]
+    proto = model(nodes, x=(4, 3, 4), constants={"s": np.array([4, 12, 1])}, dtype=DOUBLE)
+    result = applied(proto, ELIMINATE, bound=0)
+    assert op_types(result.graph) == ["Reshape", "Softmax"]
+
+
 def test_a_reshape_and_a_transpose_of_single_elements() -> None:
     """As of attention between two groups: the transpose says the shape by itself."""
     nodes = [
