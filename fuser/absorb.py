@@ -422,7 +422,10 @@ class Walker:
         new_bias = algebra.rounded(old * affine.scale + affine.shift, scale.dtype)
         if not (algebra.is_finite(new_scale) and algebra.is_finite(new_bias)) or not (new_scale > 0).all():
             return Missed("not-finite", f"the new quantization scales of {name} would leave the range of {scale.dtype}")
-        return [Edit(dequantize, {"scale": new_scale}), Edit(op, {"bias": new_bias})]
+        edits = [Edit(dequantize, {"scale": new_scale})]
+        if op.bias is not None or new_bias.any():  # an addition of zeros would be folded again, for ever
+            edits.append(Edit(op, {"bias": new_bias}))
+        return edits
 
     # -- shapes
 

@@ -211,6 +211,18 @@ def rounding(dtype: np.dtype[Any], magnitude: F, count: int) -> F:
     return eps * magnitude + tiniest * (count + 1)
 
 
+def leaves_no_fraction(summands: Array, dtype: np.dtype[Any]) -> bool:
+    """Whether `dtype` has no digits behind the point for a sum with one of these: x + 1.5e7 - 1.5e7 rounds x."""
+    return bool((np.abs(summands) * _precision(dtype)[0] >= 1).any())
+
+
+def is_normal(numbers: Array) -> bool:
+    """Whether all are 0, or of a size at which their type has all its digits."""
+    info = ml_dtypes.finfo(numbers.dtype)  # type: ignore[no-untyped-call]
+    sizes = np.abs(_float64(numbers[numbers != 0]))
+    return bool(((sizes >= float(info.tiny)) & (sizes <= float(info.max))).all())
+
+
 @cache
 def _precision(dtype: np.dtype[Any]) -> tuple[float, float]:
     """The spacing at 1, and at 0."""

@@ -17,11 +17,15 @@ from fuser.ops import (
     AveragePool,
     Concat,
     Conv,
+    Linear,
     MaxPool,
+    Movement,
     Op,
     Pad,
     Padding,
+    Range,
     Reshape,
+    Slice,
     SplitSequence,
     Transpose,
     Value,
@@ -66,6 +70,8 @@ class Graph(Protocol):
 
     host: str
     """"onnx" or "torch"; a pass may name the hosts it is meant for."""
+    rows_only: bool
+    """Whether a `Linear` that adds its bias itself takes a matrix, and no data of more axes."""
     edits: int
     """How many edits have been made: the pipeline audits it against what the passes say they did."""
 
@@ -122,6 +128,13 @@ class Graph(Protocol):
         """
         ...
 
+    def refuses_uniting(self, op: Linear) -> Missed | None:
+        """Why `op` cannot add its bias itself in this graph; None where it can.
+
+        Codes: `type` (there is no such operator), `grows` (the weight would be stored once more).
+        """
+        ...
+
     def describe(self, x: Op | Value) -> str:
         """A name under which a person finds it in their model; unique within the model for an op."""
         ...
@@ -164,8 +177,19 @@ class Graph(Protocol):
         """Let the op permute the axes like this."""
         ...
 
-    def set_shape(self, op: Reshape) -> None:
+    def set_ranges(self, op: Slice, ranges: Sequence[Range]) -> None:
+        """Let the op take these ranges of its input, which may be of another size."""
+        ...
+
+    def set_shape(self, op: Movement) -> None:
         """Let an `absolute` op say the shape of its output without that of its input, which may be of another one."""
+        ...
+
+    def unite(self, op: Linear, around: tuple[Reshape, Reshape] | None) -> None:
+        """Let one node multiply and add the bias.
+
+        around: the reshapes in front and behind; the one in front makes rows from now on, the other one takes them.
+        """
         ...
 
     def replace_with_constant(self, op: Op) -> None:

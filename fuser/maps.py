@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fuser.affine import ChannelAffine
+from fuser.affine import ChannelAffine, leaves_no_fraction
 from fuser.graph import Array, Graph
 from fuser.ops import BatchNorm, Elementwise, Value
 from fuser.remarks import GIVE_SHAPES, Missed
@@ -95,7 +95,12 @@ def _arithmetic(graph: Graph, op: Elementwise) -> AffineOp | Missed:
     if isinstance(affine, Missed):
         return affine
     axis = _axis(graph, operand, constant)
-    return axis if isinstance(axis, Missed) else AffineOp(operand, Map(affine, axis))
+    if isinstance(axis, Missed):
+        return axis
+    if leaves_no_fraction(affine.shift, constant.dtype):
+        largest = np.abs(affine.shift).max()
+        return Missed("rounds", f"a sum with {largest:g} is rounded to a whole number, and may be there for that")
+    return AffineOp(operand, Map(affine, axis))
 
 
 def _affine(function: str, constant: Array, reverse: bool) -> ChannelAffine | Missed:

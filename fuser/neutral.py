@@ -10,10 +10,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from fuser.graph import Array, Dim, Graph
-from fuser.ops import Concat, Elementwise, Identity, Op, Pad, Reshape, Transpose, Value
+from fuser.ops import Concat, Elementwise, Identity, Op, Pad, Reshape, Slice, Transpose, Value
 from fuser.remarks import Missed
 
-MAY_CHANGE_NOTHING = (Elementwise, Reshape, Transpose, Concat, Pad)
+MAY_CHANGE_NOTHING = (Elementwise, Reshape, Transpose, Concat, Pad, Slice)
 """Kinds of ops that are also found when identities are asked for, each time they are one."""
 
 MAX_ELEMENTS = 1 << 16

@@ -8,7 +8,7 @@ handles, compared with `is`; only the graph can look inside.  A `None` value is 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from fuser.remarks import Missed
 
@@ -69,6 +69,7 @@ class Linear(LinearOperator):
     weight: [out, in] when `out_axis` is 0, [in, out] when it is 1.
     bias: broadcast against the output; [out] in most models.
     in_axis: the axis of the input that is summed over; -1, or 0 for a Gemm with transA.
+    apart: the bias is added by a node of its own.
     The features come out on the last axis.
     """
 
@@ -76,6 +77,7 @@ class Linear(LinearOperator):
     in_axis: int = -1
     alpha: float = 1.0
     beta: float = 1.0
+    apart: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +136,14 @@ class Identity(Op):
 
 @dataclass(frozen=True, eq=False)
 class Movement(Op):
-    """y has each element of `input` once; nothing is computed."""
+    """y has each element of `input` once; nothing is computed.
+
+    absolute: y has the elements in the same order, and its shape does not depend on that of `input`, but for its number
+        of elements, or `Graph.set_shape` can say it like that.
+    """
 
     input: Value
+    absolute: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,13 +151,10 @@ class Reshape(Movement):
     """y has the elements of `input` in the same order in another shape: Flatten, Squeeze, Unsqueeze too.
 
     front, back: so many axes in front, and at the back, are sure to be those of the input, whatever the sizes are.
-    absolute: the shape of y does not depend on that of `input`, but for its number of elements, or
-        `Graph.set_shape` can say it like that.
     """
 
     front: int = 0
     back: int = 0
-    absolute: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +170,23 @@ class Concat(Op):
 
     inputs: tuple[Value, ...]
     axis: int
+
+
+class Range(NamedTuple):
+    """x[start:end:step] along `axis`, with the meaning that Python gives it; a negative axis counts from the last."""
+
+    axis: int
+    start: int
+    end: int
+    step: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Slice(Op):
+    """y = the elements of `input` in a range along each of some axes, all of which are different."""
+
+    input: Value
+    ranges: tuple[Range, ...]
 
 
 @dataclass(frozen=True, eq=False)

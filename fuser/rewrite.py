@@ -52,7 +52,7 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
     contract: ClassVar[Contract] = Contract.ROUNDING
     hosts: ClassVar[tuple[str, ...]] = ("onnx", "torch")
     late: ClassVar[bool] = False
-    """Whether it waits until the others have nothing left to do: it makes nodes share values, and what is shared is
+    """Whether it waits until the others have nothing left to do: what it makes, such as values that nodes share, is
     harder to rewrite."""
 
     def concerns(self, graph: Graph, op: RootT) -> bool:

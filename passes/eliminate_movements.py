@@ -5,8 +5,8 @@
     reshape(reshape(x, s), t)       =>   x                     where x has the shape t
     reshape(reshape(x, s), t)       =>   reshape(x, t)         where t says all, and nobody else reads the first one
 
-On ONNX a Squeeze, an Unsqueeze or a Flatten says all once it is a Reshape to the shape it makes, where no more than one
-size of that is unknown.
+On ONNX a Squeeze, an Unsqueeze, a Flatten, and a Transpose that only moves axes of one element say all once they are a
+Reshape to the shape they make, where no more than one size of that is unknown.
 
 Refusals:
     both-public   two names of the signature would become one
@@ -34,7 +34,7 @@ class Detour:
 
     op: Op
     by: Value
-    reshapes: tuple[Reshape, ...] = ()
+    reshapes: tuple[Movement, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,11 +78,11 @@ def _found(graph: Graph, op: Movement) -> Detour | Shortcut | None:
     inner = graph.op_producing(op.input)
     if inner is not None and not inner.hooked:
         match inner, op:
-            case Transpose(), Transpose():
-                return _transposes(graph, inner, op)
+            case Transpose(), Transpose() if (found := _transposes(graph, inner, op)) is not None:
+                return found
             case Reshape(), Reshape() if keeps_shape(graph.shape(inner.input), graph.shape(op.output)):
                 return Detour(op, inner.input)
-    readers = _that_say_all(graph, op) if isinstance(op, Reshape) else ()
+    readers = _that_say_all(graph, op) if isinstance(op, Reshape) or op.absolute else ()
     return Detour(op, op.input, readers) if readers else None
 
 
@@ -96,8 +96,8 @@ def _transposes(graph: Graph, inner: Transpose, op: Transpose) -> Detour | Short
     return Shortcut(op, inner.input, both)
 
 
-def _that_say_all(graph: Graph, op: Reshape) -> tuple[Reshape, ...]:
-    """The readers, where all reshape what they get to a shape that does not depend on this one."""
+def _that_say_all(graph: Graph, op: Movement) -> tuple[Movement, ...]:
+    """The readers, where all bring what they get into a shape that does not depend on this one."""
     readers = [reader.op for reader in graph.readers(op.output)]
-    found = tuple(r for r in readers if isinstance(r, Reshape) and r.absolute and r.input is op.output)
+    found = tuple(r for r in readers if isinstance(r, Movement) and r.absolute and r.input is op.output)
     return found if len(found) == len(readers) else ()

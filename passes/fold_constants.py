@@ -23,7 +23,7 @@ from fuser.rewrite import Contract, RewritePass
 class FoldConstants(RewritePass[Constant, Constant]):
     """max_growth: how many elements more than before the model may hold for one constant."""
 
-    max_growth: int = 16_384
+    max_growth: int = 65_536
 
     name, root, contract = "fold-constants", Constant, Contract.EXACT
 

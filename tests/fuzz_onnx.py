@@ -168,6 +168,10 @@ class _Draft:
             "fold-pad",
             "merge-branches",
             "merge-linears",
+            "merge-bias",
+            "merge-concats",
+            "merge-slices",
+            "eliminate-movements",
             "eliminate-dead-code",
         ]
         if self.dice.random() < 0.5:
@@ -431,6 +435,8 @@ class _Draft:
             (self._branches, 2),
             (self._reshape, 4),
             (self._transpose, 2),
+            (self._slice, 2),
+            (self._chain, 3),
             (self._concat, 3),
             (self._average, 3),
             (self._padded, 4),
@@ -726,6 +732,40 @@ class _Draft:
             return self._emit(block, "Transpose", [x])
         return self._emit(block, "Transpose", [x], perm=self.dice.sample(range(x.array.ndim), x.array.ndim))
 
+    def _slice(self, block: Block, x: Value) -> Value | None:
+        """Of some axes, from either end; backwards and with gaps, too, since opset 10."""
+        rank, dice = x.array.ndim, self.dice
+        if not rank:
+            return None
+        axes = dice.sample(range(rank), dice.randint(1, min(rank, 2)))
+        starts = [dice.choice([0, 0, 1, 2, -2, -n]) for n in (x.shape[axis] for axis in axes)]
+        ends = [dice.choice([2**63 - 1, 2**31 - 1, 2, 5, x.shape[axis], -1]) for axis in axes]
+        steps = [dice.choice([1, 1, 1, 2]) if self.opset >= 10 else 1 for _ in axes]
+        if self.opset >= 10 and dice.random() < 0.1:
+            starts[0], ends[0], steps[0] = -1, -(2**63) + 1, -1
+        if dice.random() < 0.3:
+            axes = [axis - rank for axis in axes]
+        if self.opset < 10:
+            return self._emit(block, "Slice", [x], starts=starts, ends=ends, axes=axes)
+        operands = [starts, ends, axes, *([steps] if max(steps) > 1 or min(steps) < 0 else [])]
+        return self._emit(block, "Slice", [x, *(self._integers(block, numbers) for numbers in operands)])
+
+    def _chain(self, block: Block, x: Value) -> Value | None:
+        """What one operator could do as well: movements, slices and concatenations in a row; a product of rows."""
+        move = self.dice.choice([self._transpose, self._slice, self._reshape, self._reshape, self._concat])
+        if self.dice.random() < 0.3:
+            moves = [self._reshape, self._matmul, self._reshape]
+        else:
+            moves = [self.dice.choice([move, move, move, self._transpose]) for _ in range(self.dice.choice([2, 2, 3]))]
+        for one in moves:
+            y = one(block, x)
+            if y is None:
+                return None
+            if self.dice.random() < 0.1:
+                block.values.append(y)  # somebody else may read it
+            x = y
+        return x
+
     def _concat(self, block: Block, x: Value) -> Value | None:
         if not x.array.ndim:
             return None
@@ -734,7 +774,7 @@ class _Draft:
         others = [
             v for v in block.values if v.array.ndim == x.array.ndim and (*v.shape[:axis], *v.shape[axis + 1 :]) == rest
         ]
-        parts = [x, *(self.dice.choice(others) for _ in range(self.dice.choice([0, 1, 1, 2])))]
+        parts = [x, *(self.dice.choice(others or [x]) for _ in range(self.dice.choice([0, 1, 1, 2])))]
         if self.dice.random() < 0.5:
             parts = [self._batch_norm(block, v) or v if self.dice.random() < 0.3 else v for v in parts]
         if self.dice.random() < 0.15:

@@ -193,3 +193,51 @@ def test_what_is_declared_of_a_name_stays_true() -> None:
     proto.graph.value_info.add().CopyFrom(onnx.helper.make_tensor_value_info("f", DOUBLE, [8, 3]))
     result = applied(proto, ELIMINATE)
     assert op_types(result.graph) == ["Relu", "Reshape", "Neg"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "permutation", "goes"),
+    [
+        ((2, 1, 1, 8), [0, 3, 1, 2], True),
+        ((2, 1, 4, 1), [0, 2, 3, 1], True),
+        ((1, 1, 1, 1), [3, 2, 1, 0], True),
+        (("N", 1, 8), [0, 2, 1], True),
+        ((2, 4, 1, 8), [0, 3, 1, 2], False),
+        (("N", 8, 1), [1, 0, 2], False),
+    ],
+)
+def test_a_transpose_of_single_elements_is_a_reshape(
+    shape: tuple[int | str, ...], permutation: list[int], goes: bool
+) -> None:
+    nodes = [node("Transpose", ["x"], ["t"], perm=permutation), node("Reshape", ["t", "s"], ["r"]), node("Neg", ["r"])]
+    proto = model(nodes, x=shape, constants={"s": np.array([-1, 4 if 4 in shape else 1])}, dtype=DOUBLE)
+    if goes:
+        assert op_types(applied(proto, ELIMINATE, bound=0).graph) == ["Reshape", "Neg"]
+    else:
+        assert refused(proto, ELIMINATE) == {}
+
+
+def test_transposes_that_become_one_and_then_a_reshape() -> None:
+    """The permutation that the first rewrite stated goes with the second one."""
+    nodes = [
+        node("Reshape", ["x", "s"], ["r"]),
+        node("Transpose", ["r"], ["a"], perm=[1, 0, 2]),
+        node("Transpose", ["a"], ["b"], perm=[1, 2, 0]),
+        node("Softmax", ["b"], axis=0),
+    ]
+    proto = model(nodes, x=(4, 3, 4), constants={"s": np.array([4, 12, 1])}, dtype=DOUBLE)
+    result = applied(proto, ELIMINATE, bound=0)
+    assert op_types(result.graph) == ["Reshape", "Softmax"]
+
+
+def test_a_reshape_and_a_transpose_of_single_elements() -> None:
+    """As of attention between two groups: the transpose says the shape by itself."""
+    nodes = [
+        node("Reshape", ["x", "s"], ["r"]),
+        node("Transpose", ["r"], ["t"], perm=[0, 2, 1, 3]),
+        node("Softmax", ["t"], axis=1),
+    ]
+    result = applied(
+        model(nodes, x=("N", 8), constants={"s": np.array([-1, 1, 2, 4])}, dtype=DOUBLE), ELIMINATE, bound=0
+    )
+    assert op_types(result.graph) == ["Reshape", "Softmax"]

@@ -9,9 +9,12 @@ import onnx
 import pytest
 import torch
 from fuser.passes.fold_affine import FoldAffine
-from hosts_torch import Decomposed, Exported, Lifted
+from hosts_torch import Decomposed, Exported, Lifted, Traced
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from nets import Net
 from onnx_models import conv, model, node, op_types
-from rewriting import DOUBLE, applied, refused, rewritten
+from rewriting import DOUBLE, applied, evaluate, refused, rewritten
 from torch import nn
 
 from fuser import pipeline
@@ -145,6 +148,119 @@ def test_no_linear() -> None:
 
 def test_a_sum_of_two_variables_is_no_candidate() -> None:
     assert refused(double([conv("x", "a"), conv("x", "b"), node("Add", ["a", "b"])]), FOLD) == {}
+
+
+# -- into the arithmetic before it
+
+SIDES = st.tuples(st.sampled_from(["Add", "Sub", "Mul", "Div"]), st.integers(0, 1))
+SHAPES = st.sampled_from([(), (1,), (4, 1, 1), (1, 4, 1, 1)])
+
+
+@settings(max_examples=80, deadline=None)
+@given(SIDES, SIDES, SHAPES, SHAPES)
+def test_factors_and_summands(
+    first: tuple[str, int], second: tuple[str, int], a: tuple[int, ...], b: tuple[int, ...]
+) -> None:
+    def step(source: str, target: str, constant: str, operator: str, side: int) -> onnx.NodeProto:
+        return node(operator, [source, constant] if side else [constant, source], [target])
+
+    nodes = [node("Exp", ["x"], ["e"]), step("e", "m", "a", *first), step("m", "n", "b", *second), node("Exp", ["n"])]
+    proto = model(nodes, x=(2, 4, 8, 8), constants={"a": positive(*a), "b": positive(*b)}, dtype=DOUBLE)
+    _, result = rewritten(proto, FOLD)
+    kinds = [{"Add": "+", "Sub": "+", "Mul": "*", "Div": "*"}[operator] for operator, _ in (first, second)]
+    can = kinds[0] == kinds[1] and second not in (("Sub", 0), ("Div", 0))
+    sizes = np.prod(a, dtype=int), np.prod(b, dtype=int)
+    merges = can and np.broadcast(np.empty(a), np.empty(b)).size <= max(sizes)
+    assert len(result.graph.node) == (3 if merges else 4)
+    before, after = evaluate(proto), evaluate(result)
+    assert before.shape == after.shape
+    np.testing.assert_allclose(after, before, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("operators", "a", "b"),
+    [
+        (("Mul", "Mul"), 1e-30, 1e-30),
+        (("Mul", "Mul"), 1e-25, 1e-15),
+        (("Mul", "Mul"), 1e30, 1e30),
+        (("Div", "Mul"), 1e-30, 1e30),
+        (("Mul", "Mul"), 2.0, 0.0),
+        (("Add", "Mul"), 2.0, 3.0),
+    ],
+    ids=["to-zero", "too-small", "too-large", "a-quotient", "zero", "of-two-kinds"],
+)
+def test_numbers_that_cannot_be_one(operators: tuple[str, str], a: float, b: float) -> None:
+    nodes = [node(operators[0], ["x", "a"], ["m"]), node(operators[1], ["m", "b"], ["n"]), node("Relu", ["n"])]
+    constants = {"a": np.float32(a), "b": np.float32(b)}
+    assert refused(model(nodes, constants=constants), FOLD) == {"no-linear": 2}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("before", [conv("x", "c"), node("Relu", ["x"], ["c"])], ids=["a-convolution", "a-summand"])
+def test_rounding_by_a_large_summand_stays(dtype: Any, before: onnx.NodeProto) -> None:
+    """x + 1.5 / eps - 1.5 / eps is x rounded to a whole number: in exact arithmetic, nothing at all."""
+    large = np.array(1.5 / np.finfo(dtype).eps, dtype)
+    nodes = [before, node("Add", ["c", "k"], ["a"]), node("Sub", ["a", "k"], ["s"]), node("Relu", ["s"])]
+    proto = model(
+        nodes, constants={"w": W.astype(dtype), "k": large}, dtype=onnx.helper.np_dtype_to_tensor_dtype(large.dtype)
+    )
+    assert refused(proto, FOLD) == {"rounds": 2}
+
+
+def test_a_large_summand_that_rounds_nothing_to_whole_numbers() -> None:
+    proto = model(
+        [conv("x", "c"), node("Add", ["c", "k"])], constants={"w": W.astype(np.float32), "k": np.float32(8e6)}
+    )
+    assert op_types(applied(proto, FOLD).graph) == ["Conv"]
+
+
+def test_a_scalar_becomes_a_vector_where_it_did() -> None:
+    """A number times a vector of one element has an axis."""
+    nodes = [node("ReduceSum", ["x"], ["r"], keepdims=0), node("Mul", ["r", "a"], ["m"]), node("Mul", ["m", "b"])]
+    constants = {"a": np.float32(2), "b": np.float32([3])}
+    assert refused(model(nodes, constants=constants), FOLD) == {"no-linear": 2}
+
+
+@pytest.mark.parametrize("host", [Traced, Exported, Lifted, Decomposed])
+def test_a_factor_of_another_type_stays(host: Any) -> None:
+    """A tensor without axes does not promote the type of a product; one with axes does."""
+    module = Net(lambda m, x: torch.relu(x.exp() * m.number * m.numbers))
+    module.number = nn.Parameter(torch.tensor(0.25, dtype=torch.float64))
+    module.numbers = nn.Parameter(torch.tensor([0.5]))
+    graph = host().build(module, (torch.randn(2, 4),))
+    assert not [r for r in pipeline.run(graph, [FOLD]).history if r.applied]
+
+
+def test_arithmetic_that_others_read_stays() -> None:
+    nodes = [node("Mul", ["x", "a"], ["m"]), node("Mul", ["m", "a"], ["n"]), node("Relu", ["n"])]
+    proto = model([*nodes, node("Exp", ["m"], ["z"])], constants={"a": np.float32(2)}, outputs=["y", "z"])
+    assert refused(proto, FOLD) == {"no-linear": 1, "shared-output": 1}
+
+
+@pytest.mark.parametrize("host", [Traced, Exported, Lifted, Decomposed])
+def test_numbers_of_a_torch_graph(host: Any) -> None:
+    """They stay numbers."""
+    module = Net(lambda m, x: torch.relu((x.exp() / 4 * 3 + 1 - m.shift) * 2.5 * 0.5))
+    module.shift = nn.Parameter(torch.tensor(0.25, dtype=torch.float64))
+    x = torch.randn(2, 4, 6, 6).double()
+    graph = host().build(module, (x,))
+    pipeline.run(graph, [FOLD])
+    counts = graph.summary().ops
+    assert sum(counts.values()) == (8 if host is Traced else 5), counts  # a traced number has no type
+    after = host().run(host().result(graph), x)
+    np.testing.assert_allclose(after, module(x).detach(), rtol=1e-12, atol=1e-14)
+
+
+def test_a_quantized_product_is_given_no_bias_of_zeros() -> None:
+    nodes = [
+        node("DequantizeLinear", ["q", "s"], ["w"], axis=1),
+        node("MatMul", ["x", "w"], ["p"]),
+        node("Mul", ["p", "k"], ["m"]),
+        node("Relu", ["m"]),
+    ]
+    tensors = {"q": RNG.integers(-9, 9, (8, 3), np.int8), "s": np.ones(3, np.float32), "k": np.float32(0.5)}
+    result = applied(model(nodes, constants=tensors, opset=19), FOLD, bound=0)
+    assert op_types(result.graph) == ["DequantizeLinear", "MatMul", "Relu"]
 
 
 # -- torch

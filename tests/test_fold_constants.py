@@ -266,3 +266,19 @@ def test_what_an_exporter_makes_of_a_shape(opset: int) -> None:
         del tensors["front"]
     result = applied(model(nodes, x=(2, 4, 3), constants=tensors, opset=opset), FOLD, bound=0)
     assert op_types(result.graph) == ["Reshape"]
+
+
+def test_sizes_that_inference_only_names() -> None:
+    """A roll by what is computed of the size: where the bounds of a Slice are no constants, it names the sizes."""
+    nodes = []
+    for source, target in (("x", "a"), ("a", "b"), ("b", "y")):
+        nodes += [
+            node("Shape", [source], [f"{target}_n"], start=1, end=2),
+            node("Mod", ["shift", f"{target}_n"], [f"{target}_k"]),
+            node("Slice", [source, f"{target}_k", f"{target}_n", "one"], [f"{target}_back"]),
+            node("Slice", [source, "zero", f"{target}_k", "one"], [f"{target}_front"]),
+            node("Concat", [f"{target}_back", f"{target}_front"], [target], axis=1),
+        ]
+    tensors = {"shift": np.array([-3]), "zero": np.array([0]), "one": np.array([1])}
+    result = applied(model(nodes, x=(2, 7, 3), constants=tensors), FOLD, bound=0)
+    assert op_types(result.graph) == ["Slice", "Slice", "Concat"] * 3

@@ -190,13 +190,14 @@ def run_seeds(seeds: range, worker: Worker | None, folder: Path) -> Counter[str]
     counts: Counter[str] = Counter()
     failed: dict[int, str] = {}
     for seed in seeds:
-        sample = random_model(random.Random(seed))
+        sample = None
         try:
+            sample = random_model(random.Random(seed))
             counts += check(sample, worker, folder)
         except Exception as error:
             failed[seed] = f"{type(error).__name__}: {error}"
-            print(f"seed {seed}, options {sample.options}: {failed[seed]}")
-            print(onnx.printer.to_text(sample.model), flush=True)
+            print(f"seed {seed}, options {sample and sample.options}: {failed[seed]}")
+            print(sample and onnx.printer.to_text(sample.model), flush=True)
     assert not failed, f"{len(failed)} of {len(seeds)} models failed: {failed}"
     return counts
 

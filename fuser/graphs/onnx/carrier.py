@@ -70,9 +70,10 @@ def _patch_node(node: gs.Node, proto: NodeProto, new_attributes: Collection[str]
     proto.output.extend(tensor.name for tensor in node.outputs)
     for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type not in NOT_IN_EDITOR]:
         proto.attribute.remove(attribute)
-    for attribute in [a for a in proto.attribute if a.name in new_attributes]:
+    new = sorted(name for name in new_attributes if name in node.attrs)  # another edit may have taken one away again
+    for attribute in [a for a in proto.attribute if a.name in new]:
         proto.attribute.remove(attribute)
-    proto.attribute.extend(onnx.helper.make_attribute(name, node.attrs[name]) for name in sorted(new_attributes))
+    proto.attribute.extend(onnx.helper.make_attribute(name, node.attrs[name]) for name in new)
 
 
 def _record_origins(proto: NodeProto, origins: Sequence[str], ir_version: int) -> None:

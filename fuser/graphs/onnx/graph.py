@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import GraphProto
+from onnx import GraphProto, TensorProto
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from fuser import costs
@@ -55,7 +55,9 @@ from fuser.ops import (
     Op,
     Pad,
     Padding,
+    Range,
     Reshape,
+    Slice,
     SplitSequence,
     Transpose,
     Value,
@@ -70,6 +72,8 @@ KEEPS_RANK = frozenset(
 )
 """Operators whose output has as many axes as their first operand; inference saw no Reshape that became known since."""
 
+_GEMM_TYPES = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
+
 _COUNTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
 _NOT_COUNTED = frozenset(
     "LSTM GRU RNN Einsum Attention DeformConv ConvInteger MatMulInteger QLinearConv QLinearMatMul".split()
@@ -78,6 +82,9 @@ _NOT_COUNTED = frozenset(
 
 SPLIT_TAKES_SIZES_SINCE = 13
 """Before that opset the sizes of a Split are an attribute."""
+
+SLICE_TAKES_RANGES_SINCE = 10
+"""Before that opset the bounds of a Slice are attributes."""
 
 FORMAL_INPUTS_BEFORE_IR = 4
 """Before IR 4 every initializer had to be listed as an input; it was a formality, and nobody replaced them."""
@@ -93,6 +100,7 @@ class OnnxGraph:
     """
 
     host = "onnx"
+    rows_only = True  # Gemm
 
     def __init__(self, model: ModelFile, *, freeze_inputs: bool = False) -> None:
         self.edits = 0
@@ -216,6 +224,11 @@ class OnnxGraph:
 
     def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
         return None  # any sides, any sizes
+
+    def refuses_uniting(self, op: Linear) -> Missed | None:
+        if self.element_type(op.weight) in _GEMM_TYPES:
+            return None
+        return Missed("type", f"a Gemm multiplies no matrices of the type of {self.describe(op.weight)}")
 
     def describe(self, x: Op | Value) -> str:
         if not isinstance(x, Op):
@@ -359,11 +372,48 @@ class OnnxGraph:
         self.wiring.set_attribute(op.node, "perm", list(permutation))
         self.edits += 1
 
-    def set_shape(self, op: Reshape) -> None:
-        node: gs.Node = op.node
-        if node.op == "Reshape" and says_all(self, node):
+    def set_ranges(self, op: Slice, ranges: Sequence[Range]) -> None:
+        node, scope = op.node, self.wiring.scope(op.node)
+        axes, *bounds = zip(*ranges, strict=True)
+        numbers = dict(zip(("starts", "ends", "axes", "steps"), (bounds[0], bounds[1], axes, bounds[2]), strict=True))
+        if scope.opset < SLICE_TAKES_RANGES_SINCE:
+            for name in ("starts", "ends", "axes"):
+                self.wiring.set_attribute(node, name, list(numbers[name]))
+        else:
+            self.wiring.truncate_inputs(node, 1)
+            for position, (name, values) in enumerate(numbers.items(), 1):
+                constant = self._new_constant(scope, f"{op.output.name}.{name}", np.array(values, np.int64), node)
+                self.wiring.set_input(node, position, constant)
+        self.edits += 1
+
+    def set_shape(self, op: Movement) -> None:
+        if op.node.op == "Reshape" and says_all(self, op.node):
             return
-        shape = np.array(target_shape(self, op.output), np.int64)
+        shape = target_shape(self, op.output)
+        assert shape is not None  # otherwise it is not `absolute`
+        self._reshape_to(op, shape)
+
+    def unite(self, op: Linear, around: tuple[Reshape, Reshape] | None) -> None:
+        add = op.output.inputs[0]
+        if around is not None:
+            before, after = around
+            self.set_shape(after)
+            data, weight = self.shape(op.input), self.shape(op.weight)
+            assert weight is not None and isinstance(weight[0], int)
+            self._reshape_to(before, [-1, weight[0]])
+            rows = None if data is None else elements(data[:-1])
+            for node, features in zip((before.node, add), weight, strict=True):
+                self.known.state(self._rename_output(node), self.element_type(op.weight), (rows, features))
+        for position, tensor in enumerate((op.node.inputs[0], op.weight, op.bias)):
+            self.wiring.set_input(add, position, tensor)
+        self._note_origin(add, op.node)
+        self.wiring.erase(op.node)
+        add.op = "Gemm"
+        self.edits += 1
+
+    def _reshape_to(self, op: Movement, target: Sequence[int]) -> None:
+        node: gs.Node = op.node
+        shape = np.array(target, np.int64)
         self.wiring.truncate_inputs(node, 1)
         constant = self._new_constant(self.wiring.scope(node), f"{op.output.name}.shape", shape, node)
         self.wiring.set_input(node, 1, constant)
@@ -438,6 +488,8 @@ class OnnxGraph:
 
         Where an edge stays, small values that feed it are the edge.
         """
+        self.known.learn()
+        self._readings.clear()
         for node in self.wiring.order:
             if self.wiring.is_erased(node) or any(self.wiring.public(output) for output in node.outputs):
                 continue
@@ -573,15 +625,20 @@ class OnnxGraph:
         axis = -1 if isinstance(op, Linear) else 1
         product = op.node.outputs[0]
         if product is not op.output:  # of a MatMul whose bias an Add adds
-            fresh = gs.Variable(self._fresh(product.name))
-            uses = self.wiring.uses(product)
-            self.wiring.set_output(op.node, product, fresh)
-            self.wiring.scope(op.node).dropped.add(product.name)
-            for add, position in uses:
-                self.wiring.set_input(add, position, fresh)
+            fresh = self._rename_output(op.node)
             self.known.inherit(fresh, product)
             self.known.forget_size(fresh, axis)
         self.known.forget_size(op.output, axis)
+
+    def _rename_output(self, node: gs.Node) -> gs.Tensor:
+        """Under its old name, another shape may be declared than it has now."""
+        old = node.outputs[0]
+        fresh, uses = gs.Variable(self._fresh(old.name)), self.wiring.uses(old)
+        self.wiring.set_output(node, old, fresh)
+        self.wiring.scope(node).dropped.add(old.name)
+        for reader, position in uses:
+            self.wiring.set_input(reader, position, fresh)
+        return fresh
 
     def _nodes(self, op: Op) -> list[gs.Node]:
         """The nodes that go with an op: both of a MatMul and the Add of its bias, none of a stored constant."""

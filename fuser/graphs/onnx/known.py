@@ -169,6 +169,12 @@ class KnownValues:
         here = inferred or (None,) * len(target)
         return tuple(b if isinstance(b, int) or a is None else a for a, b in zip(here, told, strict=True))
 
+    def learn(self) -> None:
+        """Look again at what was not known: edits make shapes known, and sizes are made of shapes."""
+        for node in self._wiring.order:
+            if not self._wiring.is_erased(node) and any(id(output) not in self._known for output in node.outputs):
+                self._classify(node)
+
     def _target(self, tensor: gs.Tensor) -> Shape | None:
         """What is known of the target of a Reshape."""
         value = self.value(tensor)
@@ -181,6 +187,10 @@ class KnownValues:
         """`tensor` now holds what `source` held."""
         if self._types is not None and id(source) in self._types:
             self._types.setdefault(id(tensor), self._types[id(source)])
+
+    def state(self, tensor: gs.Tensor, element_type: int | None, shape: Shape) -> None:
+        """What an edit knows of a new value."""
+        self._inferred()[id(tensor)] = element_type or TensorProto.UNDEFINED, shape
 
     def forget_size(self, tensor: gs.Tensor, axis: int) -> None:
         """The size of one axis of `tensor` is no longer what was inferred."""
@@ -422,7 +432,13 @@ class KnownValues:
 
 
 def _is_proven(shape: Shape | None) -> bool:
-    return shape is not None and None not in shape
+    """Whether every size is a number, or has a name that is not one of those that inference invents."""
+    return shape is not None and not any(
+        size is None or (isinstance(size, str) and size.startswith(_INVENTED)) for size in shape
+    )
+
+
+_INVENTED = "unk__"
 
 
 def tensor_proto(tensor: gs.Constant) -> TensorProto | None:

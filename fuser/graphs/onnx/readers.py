@@ -176,7 +176,7 @@ def _matmul(n: NodeReader) -> ops.Op:
         raise Unreadable
     add = bias_add(n.graph, n.node)
     output, bias = (n.output, None) if add is None else (add.outputs[0], add.inputs[bias_position(n.graph, add)])
-    return ops.Linear(n.node, output, n.required(0), weight, bias, out_axis=1)
+    return ops.Linear(n.node, output, n.required(0), weight, bias, out_axis=1, apart=add is not None)
 
 
 def bias_add(graph: OnnxGraph, matmul: gs.Node) -> gs.Node | None:
@@ -311,7 +311,7 @@ def _tile(n: NodeReader) -> ops.Op:
 
 
 def _slice(n: NodeReader) -> ops.Op:
-    """From the first element to the last, of every axis."""
+    """An Identity where it takes every axis from the first element to the last."""
     value = n.required(0)
     if n.opset < 10:
         starts, ends, axes, steps = n.attribute("starts"), n.attribute("ends"), n.attribute("axes"), None
@@ -319,14 +319,18 @@ def _slice(n: NodeReader) -> ops.Op:
         starts, ends = n.known(1).tolist(), n.known(2).tolist()
         axes, steps = (n.known(i).tolist() if n.input(i) is not None else None for i in (3, 4))
     axes = range(len(starts)) if axes is None else axes
-    if any(starts) or any(step != 1 for step in steps or ()):
+    shape, rank = n.graph.shape(value), n.graph.rank(value)
+    axes = [axis if rank is None or axis >= 0 else axis + rank for axis in axes]
+    ranges = tuple(map(ops.Range, axes, starts, ends, steps or [1] * len(starts)))
+    if len({*axes}) != len(starts) or len(ends) != len(starts) or len(ranges) != len(starts):
         raise Unreadable
-    shape = n.graph.shape(value)
-    for axis, end in zip(axes, ends, strict=True):
-        size = None if shape is None else shape[axis]
-        if end < (size if isinstance(size, int) else _TO_THE_END):
-            raise Unreadable
-    return ops.Identity(n.node, n.output, value)
+    if all(_is_whole(one, None if shape is None else shape[one.axis]) for one in ranges):
+        return ops.Identity(n.node, n.output, value)
+    return ops.Slice(n.node, n.output, value, ranges)
+
+
+def _is_whole(one: ops.Range, size: Dim) -> bool:
+    return one.start == 0 and one.step == 1 and one.end >= (size if isinstance(size, int) else _TO_THE_END)
 
 
 _TO_THE_END = 2**31 - 1
@@ -342,7 +346,15 @@ def _of_one(n: NodeReader) -> ops.Op:
 
 def _transpose(n: NodeReader) -> ops.Op:
     permutation = n.attribute("perm") or range(n.rank(n.required(0)) - 1, -1, -1)
-    return ops.Transpose(n.node, n.output, n.required(0), tuple(permutation))
+    value = n.required(0)
+    absolute = _keeps_order(n.graph.shape(value), permutation) and target_shape(n.graph, n.output) is not None
+    return ops.Transpose(n.node, n.output, value, tuple(permutation), absolute=absolute)
+
+
+def _keeps_order(shape: Sequence[Dim] | None, permutation: Sequence[int]) -> bool:
+    """Whether only axes of one element move."""
+    wide = [axis for axis in permutation if shape is None or shape[axis] != 1]
+    return shape is not None and wide == sorted(wide)
 
 
 def _concat(n: NodeReader) -> ops.Op:
@@ -516,7 +528,7 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Cast": (ops.Identity, _cast),
     "Expand": (ops.Identity, _expand),
     "Tile": (ops.Identity, _tile),
-    "Slice": (ops.Identity, _slice),
+    "Slice": (ops.Slice, _slice),
     **dict.fromkeys(("Sum", "Mean", "Max", "Min"), (ops.Identity, _of_one)),
     "Reshape": (ops.Reshape, _reshape),
     "Flatten": (ops.Reshape, _reshape),

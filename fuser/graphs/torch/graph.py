@@ -27,7 +27,15 @@ from fuser.graphs.torch.duplicates import duplicate_nodes
 from fuser.graphs.torch.facts import Facts, common_dtype
 from fuser.graphs.torch.meta import TensorLike, Values, have_one_layout, meta_tensor
 from fuser.graphs.torch.names import is_tuple, name_sites, operator_name
-from fuser.graphs.torch.operands import BiasAdd, as_parameter, factors, new_constant, set_operands
+from fuser.graphs.torch.operands import (
+    BiasAdd,
+    as_parameter,
+    factors,
+    is_matrix_product,
+    new_constant,
+    set_operands,
+    unite,
+)
 from fuser.graphs.torch.padding import memory_formats, refusal, set_padding
 from fuser.graphs.torch.purity import (
     can_be_dropped,
@@ -62,11 +70,15 @@ from fuser.ops import (
     Dead,
     Duplicate,
     Identity,
+    Linear,
     MaxPool,
+    Movement,
     Op,
     Pad,
     Padding,
+    Range,
     Reshape,
+    Slice,
     SplitSequence,
     Transpose,
     Value,
@@ -83,6 +95,7 @@ class TorchGraph:
     """
 
     host = "torch"
+    rows_only = False
 
     def __init__(self, carrier: Carrier) -> None:
         self.edits = 0
@@ -226,6 +239,11 @@ class TorchGraph:
         if refused is None and not self._is_laid_out_alike(pad.output, pad.input):
             return Missed("layout", f"{name} would lay out its result differently in memory")
         return refused
+
+    def refuses_uniting(self, op: Linear) -> Missed | None:
+        if is_matrix_product(op.node) or self.freed(op.weight):
+            return None
+        return Missed("grows", f"{self.describe(op.weight)} would be stored once more, the other way round")
 
     def describe(self, x: Op | Value) -> str:
         if isinstance(x, Op):
@@ -384,8 +402,17 @@ class TorchGraph:
         self._wiring.become(node, target, op.input, list(permutation))
         self.edits += 1
 
-    def set_shape(self, op: Reshape) -> None:
+    def set_ranges(self, op: Slice, ranges: Sequence[Range]) -> None:
+        """Never asked: torch slices one axis at a time, so it offers no slice of several."""
+        raise AssertionError(f"{op} is no op of a torch graph")
+
+    def set_shape(self, op: Movement) -> None:
         """Nothing to do: what is `absolute` here says its shape as it is."""
+
+    def unite(self, op: Linear, around: tuple[Reshape, Reshape] | None) -> None:
+        assert around is None  # data of more axes is taken as it is
+        unite(self, self._wiring, self._constants, op)
+        self.edits += 1
 
     def replace_with_constant(self, op: Op) -> None:
         node: fx.Node = op.node

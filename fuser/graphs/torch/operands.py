@@ -38,6 +38,12 @@ def factors(product: fx.Node) -> tuple[fx.Node, fx.Node]:
     return data, weight
 
 
+def is_matrix_product(node: fx.Node) -> bool:
+    """Whether the node multiplies two matrices, and nothing with more axes."""
+    found = signature(node)
+    return found is not None and found.name == "mm"
+
+
 Arrays: TypeAlias = Mapping[str, Array | None]
 
 
@@ -94,6 +100,25 @@ def _state_sizes(module: Any, op: Conv | Linear) -> None:
         module.out_channels, module.in_channels = outputs, inputs * op.groups
 
 
+def unite(graph: TorchGraph, wiring: Wiring, constants: Constants, op: Linear) -> None:
+    """Let the node that adds the bias of a product multiply, too: `addmm`, or `linear` where there are batch axes."""
+    found = graph.bias_add(op.node)
+    assert found is not None  # otherwise the bias is not apart
+    is_aten = isinstance(op.node.target, OpOverload)
+    data, weight = factors(op.node)
+    target: Any
+    if is_matrix_product(op.node):
+        target = aten.addmm.default if is_aten else torch.addmm
+        operands = (found.bias, data, weight)
+    else:
+        target = aten.linear.default if is_aten else F.linear
+        turned = to_array(constants.value(weight)).T
+        stored = _Arguments(graph, wiring, constants, op).constant(found.add, "weight", turned, weight)
+        operands = (data, stored, found.bias)
+    wiring.become(found.add, target, *operands)
+    wiring.loosen(op.node, weight)
+
+
 class _Arguments:
     """The arguments of a function call."""
 
@@ -116,13 +141,15 @@ class _Arguments:
             return
         if self._bias is not None and "bias" in arrays:
             add, old, argument = self._bias
-            new = self._constant(add, "bias", arrays.pop("bias"), old)
+            new = self.constant(add, "bias", arrays.pop("bias"), old)
             write(add, cast(Signature, signature(add)), argument, new)
             self._wiring.loosen(old)
         for field, array in arrays.items():
             name = OPERANDS[self._signature.name][field]
             old = _arguments(self._node)[name]
-            write(self._node, self._signature, name, self._constant(self._node, field, array, old))
+            is_number = array.ndim == 0 and isinstance(old, (int, float))
+            value: Any = float(array) if is_number else self.constant(self._node, field, array, old)
+            write(self._node, self._signature, name, value)
             if isinstance(old, fx.Node):
                 self._wiring.loosen(old)
         if self._signature.name == "addmm":
@@ -141,8 +168,8 @@ class _Arguments:
             return
         node, (data, old) = self._node, factors(self._node)
         target: Any = aten.addmm.default if isinstance(node.target, OpOverload) else torch.addmm
-        added = self._constant(node, "bias", bias, None)
-        new = old if weight is None else self._constant(node, "weight", weight, old)
+        added = self.constant(node, "bias", bias, None)
+        new = old if weight is None else self.constant(node, "weight", weight, old)
         self._wiring.become(node, target, added, data, new)
 
     def _become_linear(self, weight: Array | None = None, bias: Array | None = None) -> None:
@@ -150,10 +177,10 @@ class _Arguments:
         node, (data, _), old = self._node, factors(self._node), cast(Linear, self._op).weight
         target: Any = aten.linear.default if isinstance(node.target, OpOverload) else F.linear
         weight = to_array(self._constants.value(old)) if weight is None else weight
-        added = [] if bias is None else [self._constant(node, "bias", bias, None)]
-        self._wiring.become(node, target, data, self._constant(node, "weight", weight.T, old), *added)
+        added = [] if bias is None else [self.constant(node, "bias", bias, None)]
+        self._wiring.become(node, target, data, self.constant(node, "weight", weight.T, old), *added)
 
-    def _constant(self, user: fx.Node, field: str, array: Array, old: Any) -> fx.Node:
+    def constant(self, user: fx.Node, field: str, array: Array, old: Any) -> fx.Node:
         """A new constant for one operand, like the one it takes the place of, or like another of the op's."""
         operands = [value for value in (old, *vars(self._op).values()) if isinstance(value, fx.Node)]
         source = next(filter(self._constants.is_known, operands), None)

@@ -165,7 +165,7 @@ def _matmul(call: Call) -> ops.Op:
         raise Unreadable
     found = call.graph.bias_add(call.node)
     output, bias = (call.node, None) if found is None else (found.add, found.bias)
-    return ops.Linear(call.node, output, data, weight, bias, out_axis=1)
+    return ops.Linear(call.node, output, data, weight, bias, out_axis=1, apart=found is not None)
 
 
 def _bmm(call: Call) -> ops.Op:
