@@ -19,11 +19,11 @@ from fuser.affine import ChannelAffine, Constants, WeightLayout
 from fuser.graph import Array, Dim, Graph, Reader
 from fuser.maps import Map
 from fuser.ops import (
+    Arithmetic,
     AveragePool,
     Concat,
     Conv,
     Dequantize,
-    Elementwise,
     Identity,
     Linear,
     MaxPool,
@@ -165,7 +165,7 @@ class Walker:
                     return self._linear_after(op, m)
                 case Concat():
                     return self._concat_after(op, m, depth)
-                case Elementwise(function="+" | "-"):
+                case Arithmetic() if op.terms:
                     return self._sum_after(op, m, depth)
             moved = self._before(op, m)
             if isinstance(moved, Missed):
@@ -230,21 +230,23 @@ class Walker:
             parts = m.affine.split(sizes)
         return self._all_back([(v, Map(a, m.axis)) for v, a in zip(op.inputs, parts, strict=True)], depth)
 
-    def _sum_after(self, op: Elementwise, m: Map, depth: int) -> Takes:
+    def _sum_after(self, op: Arithmetic, m: Map, depth: int) -> Takes:
         """s (a + b) + t = (s a + t) + s b, also where one of the two is broadcast along other axes.
 
         That it has all channels is told by its producer in the end, which has to have as many as the map.
         """
-        left, right = self.graph.rank(op.left), self.graph.rank(op.right)
-        shift, scale = m.affine, m.affine.scale_only()
-        if m.axis is None:
-            return self._all_back([(op.left, Map(shift, None)), (op.right, Map(scale, None))], depth)
-        if left is None or right is None:
-            return _unknown_rank(self.graph.describe(op))
-        axes = [m.axis + rank - max(left, right) for rank in (left, right)]
-        if min(axes) < 0:
-            return Missed("axis-mismatch", f"one operand of {self.graph.describe(op)} does not have axis {m.axis}")
-        return self._all_back([(op.left, Map(shift, axes[0])), (op.right, Map(scale, axes[1]))], depth)
+        values = [value for _, value in op.terms]
+        affines = [m.affine, *[m.affine.scale_only()] * (len(values) - 1)]
+        maps = [Map(affine, m.axis) for affine in affines]
+        if m.axis is not None:
+            ranks = [rank for value in values if (rank := self.graph.rank(value)) is not None]
+            if len(ranks) < len(values):
+                return _unknown_rank(self.graph.describe(op))
+            axes = [m.axis + rank - max(ranks) for rank in ranks]
+            if min(axes) < 0:
+                return Missed("axis-mismatch", f"one operand of {self.graph.describe(op)} does not have axis {m.axis}")
+            maps = [each.along(axis) for each, axis in zip(maps, axes, strict=True)]
+        return self._all_back(list(zip(values, maps, strict=True)), depth)
 
     def _all_back(self, branches: Sequence[tuple[Value, Map]], depth: int) -> Takes:
         takes: list[Take] = []

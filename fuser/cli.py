@@ -42,7 +42,7 @@ Shared = Annotated[
 ]
 Growth = Annotated[
     int | None,
-    typer.Option("--max-growth", metavar="N", min=0, help="Elements that one folded constant may add; default 16384."),
+    typer.Option("--max-growth", metavar="N", min=0, help="Elements that one folded constant may add; default 65536."),
 ]
 
 InputShape = Annotated[

@@ -27,6 +27,7 @@ from fuser.ops import (
     Reshape,
     Slice,
     SplitSequence,
+    Sum,
     Transpose,
     Value,
 )
@@ -169,8 +170,8 @@ class Graph(Protocol):
         """Let the op read `value`, which may be of another size, as its input."""
         ...
 
-    def set_inputs(self, op: Concat, values: Sequence[Value]) -> None:
-        """Let the op join other values, which together are as large as its own."""
+    def set_inputs(self, op: Concat | Sum, values: Sequence[Value]) -> None:
+        """Let the op join, or add up, other values, whose result is as large as that of its own."""
         ...
 
     def set_permutation(self, op: Transpose, permutation: Sequence[int]) -> None:

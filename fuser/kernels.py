@@ -9,6 +9,7 @@ product has no spatial axes at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +71,18 @@ class Kernel:
     def inputs(self) -> int:
         return int(self.weight.shape[1]) * self.groups
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether each position of y is made of x at that very position."""
+        taps = zip(self.taps, self.strides, self.growth, strict=True)
+        return all(tuple(at) == (0,) and (stride, growth) == (1, 0) for at, stride, growth in taps)
+
+    @property
+    def pads(self) -> bool:
+        """Whether some window reaches beyond x."""
+        ends = zip(self.taps, self.growth, strict=True)
+        return any(taps[0] < 0 or taps[-1] + growth > 0 for taps, growth in ends)
+
     def times(self, factor: float) -> Kernel:
         """factor * y, for a factor of 1 or -1, so that nothing is rounded."""
         return self if factor == 1 else replace(self, weight=-self.weight, bias=-self.bias)
@@ -98,6 +111,21 @@ class Kernel:
         wide = np.zeros((outputs, self.inputs // groups, *self.weight.shape[2:]), self.weight.dtype)
         wide[np.arange(outputs)[:, None], (first - start)[:, None] + np.arange(block)] = self.weight
         return wide
+
+    def after(self, inner: Kernel) -> Kernel | None:
+        """y = self(inner(x)) in float64; None where that is no convolution of x.
+
+        One of the two has to be pointwise, and where `self` pads, `inner` has to make zeros of zeros.
+        """
+        if not (self.is_pointwise or inner.is_pointwise) or (self.pads and inner.bias.any()):
+            return None
+        window, groups = (inner if self.is_pointwise else self), math.gcd(self.groups, inner.groups)
+        first = inner.regrouped(groups).reshape(groups, inner.outputs // groups, inner.inputs // groups, -1)
+        second = self.regrouped(groups).reshape(groups, self.outputs // groups, self.inputs // groups, -1)
+        product = np.einsum("gomt,gmiu->goitu", second.astype(np.float64), first.astype(np.float64), optimize=True)
+        shape = self.outputs, inner.inputs // groups, *map(len, window.taps)
+        bias = self.bias + algebra.carried(self.weight, inner.bias, WeightLayout(groups=self.groups))
+        return Kernel(product.reshape(shape), bias, groups, window.strides, window.taps, window.growth)
 
     def plus(self, other: Kernel, dtype: np.dtype[Any]) -> Constants:
         """The constants of self + other, rounded once to `dtype`; `other` has to fit."""

@@ -116,12 +116,37 @@ class Normalization(Op):
 
 
 @dataclass(frozen=True, eq=False)
-class Elementwise(Op):
-    """y = left `function` right with the broadcasting of numpy; function is one of + - * /."""
+class Arithmetic(Op):
+    """y = arithmetic of the operands, element by element, with the broadcasting of numpy."""
+
+    @property
+    def terms(self) -> tuple[tuple[int, Value], ...]:
+        """(sign, operand) of each summand; empty for what is no sum."""
+        return ()
+
+
+@dataclass(frozen=True, eq=False)
+class Elementwise(Arithmetic):
+    """y = left `function` right; function is one of + - * /."""
 
     function: str
     left: Value
     right: Value
+
+    @property
+    def terms(self) -> tuple[tuple[int, Value], ...]:
+        return {"+": ((1, self.left), (1, self.right)), "-": ((1, self.left), (-1, self.right))}.get(self.function, ())
+
+
+@dataclass(frozen=True, eq=False)
+class Sum(Arithmetic):
+    """y = the sum of three inputs or more."""
+
+    inputs: tuple[Value, ...]
+
+    @property
+    def terms(self) -> tuple[tuple[int, Value], ...]:
+        return tuple((1, value) for value in self.inputs)
 
 
 @dataclass(frozen=True, eq=False)

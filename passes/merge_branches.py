@@ -4,13 +4,16 @@
     y = conv(x, W) + s x + t          =>   y = conv(x, W + s)        s on the tap that meets x, t in the bias
     y = conv(x, W) + avg_pool(x)      =>   y = conv(x, W + 1/n)      n elements in each window, inside the kernel
     y = W1 x + W2 x                   =>   y = (W1 + W2) x
+    y = W x + s B (A x)               =>   y = (W + s B A) x         a branch of several steps, such as a LoRA adapter
 
-A branch is a convolution or matrix product, an average, a BatchNorm or arithmetic with constants, or x itself; the
-sum may be a difference.  Blocks of many branches (RepVGG, MobileOne, RepViT, FastViT) collapse pair by pair, together
-with fold-batch-norm and fold-affine.  The operator with the larger kernel stays, so nothing grows.
+The steps of a branch are convolutions or matrix products, averages, BatchNorms and arithmetic with constants; it may
+be x itself.  The sum may be a difference, or have more operands.  Blocks of many branches (RepVGG, MobileOne, RepViT,
+FastViT) collapse pair by pair, together with fold-batch-norm and fold-affine.  A branch of one operator, which has the
+larger kernel, takes the other one, so nothing grows.
 
 Refusals:
     geometry       strides, groups, windows or channels do not allow for one kernel
+    padding        a step pads with zeros, where the one before it would have made something else of them
     written        the input is written in place, so that it is not the same for both branches
     shared-output  the branch that stays is read elsewhere, too
     not-constant, overridable, quantized, training-mode, rank, axis-mismatch, shape-mismatch, not-finite, hooks,
@@ -19,61 +22,80 @@ Refusals:
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 
 from fuser import affine as algebra
 from fuser.absorb import constants_of, element_readers, shared_weights, written
-from fuser.affine import Constants
+from fuser.affine import ChannelAffine, Constants
 from fuser.graph import Array, Graph
 from fuser.kernels import Kernel, agree
-from fuser.maps import IDENTITY, AffineOp, Map, affine_op
-from fuser.ops import AveragePool, BatchNorm, Conv, Elementwise, Linear, Value
+from fuser.maps import AffineOp, Map, affine_op
+from fuser.ops import Arithmetic, AveragePool, BatchNorm, Conv, Elementwise, Linear, Op, Sum, Value
 from fuser.remarks import Missed
 from fuser.rewrite import HOOKED, RewritePass
+
+Step: TypeAlias = Conv | Linear | AveragePool | Map
+
+MAX_STEPS = 8
+"""How many steps a branch is followed back."""
 
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One reading of an operand: `op` applied to `source`, or the map of a chain of arithmetic and BatchNorms.
+    """One reading of an operand: `steps`, the first one first, applied to `source`.
 
+    term: which of the summands it is; sign: 1 or -1.
     name: what a person knows it by.
     hooked: user code watches one of its ops.
     """
 
+    term: int
+    sign: int
     source: Value
     name: str
-    op: Conv | Linear | AveragePool | None = None
-    map: Map = IDENTITY
+    steps: tuple[Step, ...] = ()
     hooked: bool = False
+
+    @property
+    def operator(self) -> Conv | Linear | None:
+        """The one operator that the branch is, if it is nothing else."""
+        only = self.steps[0] if len(self.steps) == 1 else None
+        return only if isinstance(only, Conv | Linear) else None
 
 
 @dataclass(frozen=True, eq=False)
 class Merge:
-    """`host` takes new constants, and its output stands for the sum."""
+    """`host` takes new constants; its output stands for the sum, or for two of its operands.
 
-    sum: Elementwise
+    rest: the other operands, and the output of the host.
+    """
+
+    sum: Arithmetic
     host: Conv | Linear
     arrays: dict[str, Array]
     guest: str
+    rest: tuple[Value, ...]
 
 
 @dataclass(frozen=True)
-class MergeBranches(RewritePass[Elementwise, Merge]):
+class MergeBranches(RewritePass[Arithmetic, Merge]):
     """shared_weights: "copy" gives a layer its own copy of a weight that others read, "refuse" leaves it alone."""
 
     shared_weights: str = "copy"
 
-    name, root = "merge-branches", Elementwise
+    name, root = "merge-branches", Arithmetic
 
-    def concerns(self, graph: Graph, op: Elementwise) -> bool:
-        """Whether two readings of the operands share an input, and one of them is a linear operator."""
-        return op.function in ("+", "-") and next(_pairs(graph, op), None) is not None
+    def concerns(self, graph: Graph, op: Arithmetic) -> bool:
+        """Whether it is a sum, two readings of its operands share an input, and one of them is a linear operator."""
+        return next(_pairs(graph, op), None) is not None
 
-    def match(self, graph: Graph, op: Elementwise) -> Merge | Missed:
+    def match(self, graph: Graph, op: Arithmetic) -> Merge | Missed:
         refused: Missed | None = None
         for left, right in _pairs(graph, op):
             found = _merge(graph, op, left, right)
@@ -90,52 +112,72 @@ class MergeBranches(RewritePass[Elementwise, Merge]):
 
     def rewrite(self, graph: Graph, match: Merge) -> str:
         graph.set_constants(match.host, **match.arrays)
-        graph.replace(match.sum, by=match.host.output)
+        if isinstance(match.sum, Sum):
+            graph.set_inputs(match.sum, match.rest)
+        else:
+            graph.replace(match.sum, by=match.host.output)
         return f"{match.guest} is part of {graph.describe(match.host)}"
 
 
-def _pairs(graph: Graph, total: Elementwise) -> Iterator[tuple[Branch, Branch]]:
-    """Readings of the two operands that share their source."""
-    for left in _branches(graph, total.left):
-        for right in _branches(graph, total.right):
-            if left.source is right.source and any(isinstance(one.op, Conv | Linear) for one in (left, right)):
+def _pairs(graph: Graph, total: Arithmetic) -> Iterator[tuple[Branch, Branch]]:
+    """Readings of two operands that share their source, one of which is an operator."""
+    readings = [list(_branches(graph, term, sign, value)) for term, (sign, value) in enumerate(total.terms)]
+    for lefts, rights in itertools.combinations(readings, 2):
+        for left, right in itertools.product(lefts, rights):
+            if left.source is right.source and (left.operator is not None or right.operator is not None):
                 yield left, right
 
 
-def _branches(graph: Graph, value: Value) -> Iterator[Branch]:
-    op = graph.op_producing(value)
-    if isinstance(op, Conv | Linear | AveragePool):
-        yield Branch(op.input, graph.describe(op), op, hooked=op.hooked)
-    branch: Branch | None = Branch(value, f"{graph.describe(value)} itself")
+def _branches(graph: Graph, term: int, sign: int, value: Value) -> Iterator[Branch]:
+    branch: Branch | None = Branch(term, sign, value, f"{graph.describe(value)} itself")
     while branch is not None:
         yield branch
-        branch = _longer(graph, branch)
+        branch = _longer(graph, branch) if len(branch.steps) < MAX_STEPS else None
 
 
 def _longer(graph: Graph, branch: Branch) -> Branch | None:
     """The reading that starts one op earlier."""
     op = graph.op_producing(branch.source)
-    found = affine_op(graph, op) if isinstance(op, BatchNorm | Elementwise) else None
-    if op is None or not isinstance(found, AffineOp) or not _is_as_made(graph, branch.source):
+    if branch.steps and not _is_as_made(graph, branch.source):
         return None
-    m = found.map.then(branch.map)
-    return None if m is None else Branch(found.operand, graph.describe(op), None, m, branch.hooked or op.hooked)
+    source, step = _step(graph, op)
+    if op is None or step is None:
+        return None
+    steps = branch.steps
+    if isinstance(step, Map) and steps and isinstance(steps[0], Map):
+        both = step.then(steps[0])
+        step, steps = (step, steps) if both is None else (both, steps[1:])
+    return replace(
+        branch,
+        source=source,
+        name=graph.describe(op),
+        steps=(step, *steps),
+        hooked=branch.hooked or op.hooked,
+    )
 
 
-def _merge(graph: Graph, total: Elementwise, left: Branch, right: Branch) -> Merge | Missed:
+def _step(graph: Graph, op: Op | None) -> tuple[Value, Step | None]:
+    """(what the op works on, what it does to that); None for what is not linear."""
+    if isinstance(op, Conv | Linear | AveragePool):
+        return op.input, op
+    found = affine_op(graph, op) if isinstance(op, BatchNorm | Elementwise) else None
+    return (found.operand, found.map) if isinstance(found, AffineOp) else (None, None)
+
+
+def _merge(graph: Graph, total: Arithmetic, left: Branch, right: Branch) -> Merge | Missed:
     """The branch with the larger kernel takes the other one."""
     if left.hooked or right.hooked:
         return HOOKED
     if not graph.is_stable(left.source):
         return written(graph, left.source)
-    for operand in (total.left, total.right):
+    for _, operand in total.terms:
         if not _is_as_made(graph, operand):
             return written(graph, operand)
     refused: Missed | None = None
-    for host, guest, signs in ((left, right, (1, _sign(total))), (right, left, (_sign(total), 1))):
-        if not isinstance(host.op, Conv | Linear):
+    for host, guest in ((left, right), (right, left)):
+        if host.operator is None:
             continue
-        found = _take_in(graph, total, host.op, guest, *signs)
+        found = _take_in(graph, total, host.operator, host.sign, guest)
         if isinstance(found, Merge):
             return found
         refused = refused or found
@@ -148,13 +190,7 @@ def _is_as_made(graph: Graph, value: Value) -> bool:
     return graph.is_stable(value) or len(element_readers(graph, value)) == 1
 
 
-def _sign(total: Elementwise) -> int:
-    return 1 if total.function == "+" else -1
-
-
-def _take_in(
-    graph: Graph, total: Elementwise, op: Conv | Linear, guest: Branch, sign: int, guest_sign: int
-) -> Merge | Missed:
+def _take_in(graph: Graph, total: Arithmetic, op: Conv | Linear, sign: int, guest: Branch) -> Merge | Missed:
     readers = element_readers(graph, op.output)
     if len(readers) > 1:
         names = ", ".join(dict.fromkeys(reader.name for reader in readers))
@@ -167,7 +203,7 @@ def _take_in(
         return other
     if why := other.misfit(host):
         return Missed("geometry", f"the branches cannot share one kernel: {why}")
-    host, other = host.times(sign), other.times(guest_sign)
+    host, other = host.times(sign), other.times(guest.sign)
     dtype = host.weight.dtype
     new = host.plus(other, dtype)
     if not (algebra.is_finite(new.weight) and algebra.is_finite(new.bias)):
@@ -178,7 +214,8 @@ def _take_in(
     arrays = {"weight": new.weight.T if _is_turned(op) else new.weight}
     if op.bias is not None or new.bias.any():
         arrays["bias"] = new.bias
-    return Merge(total, op, arrays, guest.name)
+    rest = tuple(value for term, (_, value) in enumerate(total.terms) if term != guest.term)
+    return Merge(total, op, arrays, guest.name, rest)
 
 
 def _kernel(graph: Graph, op: Conv | Linear) -> Kernel | Missed:
@@ -204,11 +241,29 @@ def _is_turned(op: Conv | Linear) -> bool:
 
 
 def _guest_kernel(graph: Graph, guest: Branch, host_op: Conv | Linear, host: Kernel) -> Kernel | Missed:
-    if guest.op is not None:
-        if isinstance(guest.op, Linear) != isinstance(host_op, Linear):
+    """What the steps of the branch do to its source, as long as that can be part of the host."""
+    ones = ChannelAffine.identity(host.inputs)
+    total = Kernel.pointwise(ones, len(host.taps))
+    for step in guest.steps:
+        if isinstance(step, Map):
+            kernel = _map_kernel(graph, step, total.outputs, host_op, host)
+        elif isinstance(step, Linear) != isinstance(host_op, Linear):
             return Missed("geometry", "a convolution and a matrix product work along different axes")
-        return _mean(graph, guest.op, host) if isinstance(guest.op, AveragePool) else _kernel(graph, guest.op)
-    m = guest.map
+        else:
+            kernel = _mean(graph, step, total.outputs, host) if isinstance(step, AveragePool) else _kernel(graph, step)
+        if isinstance(kernel, Missed):
+            return kernel
+        if step is guest.steps[0]:
+            total = kernel
+            continue
+        composed = _composed(kernel, total, host)
+        if isinstance(composed, Missed):
+            return composed
+        total = composed
+    return total
+
+
+def _map_kernel(graph: Graph, m: Map, channels: int, host_op: Conv | Linear, host: Kernel) -> Kernel | Missed:
     if m.axis is not None:
         rank = graph.rank(host_op.output)
         expected = rank - 1 if rank is not None and isinstance(host_op, Linear) else 1
@@ -216,12 +271,24 @@ def _guest_kernel(graph: Graph, guest: Branch, host_op: Conv | Linear, host: Ker
             return Missed("rank", f"how many axes {graph.describe(host_op)} works on is not known, or no batch is one")
         if m.axis != expected:
             return Missed("axis-mismatch", f"one branch works along axis {m.axis}, the other along axis {expected}")
-    if m.affine.channels not in (1, host.inputs):
-        return Missed("shape-mismatch", f"{m.affine.channels} channels in one branch, {host.inputs} in the other")
-    return Kernel.pointwise(m.affine.sized(host.inputs), len(host.taps))
+    if m.affine.channels not in (1, channels):
+        return Missed("shape-mismatch", f"{m.affine.channels} channels in one branch, {channels} in the other")
+    return Kernel.pointwise(m.affine.sized(channels), len(host.taps))
 
 
-def _mean(graph: Graph, op: AveragePool, host: Kernel) -> Kernel | Missed:
+def _composed(second: Kernel, first: Kernel, host: Kernel) -> Kernel | Missed:
+    if second.inputs != first.outputs:
+        return Missed("shape-mismatch", f"a branch makes {first.outputs} channels of which {second.inputs} are read")
+    if second.pads and first.bias.any():
+        return Missed("padding", "a step of one branch pads with zeros, of which the one before would make its bias")
+    groups = math.gcd(second.groups, first.groups)
+    taps = math.prod(map(len, first.taps)) * math.prod(map(len, second.taps))
+    if second.outputs * first.inputs // groups * taps > host.weight.size:
+        return Missed("geometry", "the steps of one branch make more of one kernel than the other has room for")
+    return second.after(first) or Missed("geometry", "two steps of one branch have windows")
+
+
+def _mean(graph: Graph, op: AveragePool, channels: int, host: Kernel) -> Kernel | Missed:
     """The mean over a window as a depthwise kernel, where every window has as many elements."""
     window = op.window
     if window is None or len(window.size) != len(host.taps):
@@ -229,6 +296,6 @@ def _mean(graph: Graph, op: AveragePool, host: Kernel) -> Kernel | Missed:
     if not op.pads_counted and any(any(pair) for pair in window.padding):
         return Missed("geometry", f"{graph.describe(op)} averages over fewer elements at the border")
     count = math.prod(window.size)
-    weight = np.full((host.inputs, 1, *window.size), 1 / count)
+    weight = np.full((channels, 1, *window.size), 1 / count)
     ones = (1,) * len(window.size)
-    return Kernel.conv(Constants(weight, np.zeros(host.inputs)), host.inputs, window.strides, ones, window.padding)
+    return Kernel.conv(Constants(weight, np.zeros(channels)), channels, window.strides, ones, window.padding)

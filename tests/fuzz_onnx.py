@@ -432,7 +432,8 @@ class _Draft:
             (self._pair, 3),
             (self._arithmetic, 8),
             (self._sum, 4),
-            (self._branches, 2),
+            (self._branches, 3),
+            (self._adapter, 2),
             (self._reshape, 4),
             (self._transpose, 2),
             (self._slice, 2),
@@ -651,23 +652,50 @@ class _Draft:
         groups = self.dice.choice([g for g in (1, 1, channels) if channels % g == 0])
         out = self.dice.choice([channels, channels, groups * 2])
         stride = self.dice.choice([1, 1, 2])
-        total: Value | None = None
+        made: list[Value | None] = []
         for kernel in self.dice.sample([1, 3, 3, 2], self.dice.choice([1, 2, 3])):
-            weight = self._weight(block, [out, channels // groups, *[kernel] * (x.array.ndim - 2)], channels)
-            pads = [kernel // 2] * (2 * (x.array.ndim - 2))
-            y = self._emit(
-                block,
-                "Conv",
-                [x, weight, *self._bias(block, out)],
-                group=groups,
-                pads=pads,
-                strides=[stride] * (x.array.ndim - 2),
-            )
+            y = self._branch(block, x, kernel, out, groups, stride)
             if y is not None and self.dice.random() < 0.5:
                 y = self._batch_norm(block, y) or y
-            total = self._joined(block, total, y)
+            made.append(y)
         if self.dice.random() < 0.6:
-            total = self._joined(block, total, self._batch_norm(block, x) if self.dice.random() < 0.5 else x)
+            made.append(self._batch_norm(block, x) if self.dice.random() < 0.5 else x)
+        return self._all_joined(block, made)
+
+    def _branch(self, block: Block, x: Value, kernel: int, out: int, groups: int, stride: int) -> Value | None:
+        """A convolution, sometimes with a pointwise one, or an average, before it."""
+        axes = x.array.ndim - 2
+        if self.dice.random() < 0.3:
+            first = self._pointwise if self.dice.random() < 0.7 else self._average
+            x, groups = first(block, x) or x, 1
+            if x.array.ndim != axes + 2:
+                return None
+        channels = x.shape[1]
+        weight = self._weight(block, [out, channels // groups, *[kernel] * axes], channels)
+        operands = [x, weight, *(self._bias(block, out) if self.dice.random() < 0.6 else [])]
+        pads, strides = [kernel // 2] * (2 * axes), [stride] * axes
+        return self._emit(block, "Conv", operands, group=groups, pads=pads, strides=strides)
+
+    def _adapter(self, block: Block, x: Value) -> Value | None:
+        """A matrix product, and beside it two of low rank."""
+        if not x.array.ndim or not x.shape[-1]:
+            return None
+        rows, low, out = x.shape[-1], self.dice.choice([1, 2]), self.dice.choice([x.shape[-1], 4])
+        down, up = self._weight(block, [rows, low], rows), self._weight(block, [low, out], low)
+        thin = self._emit(block, "MatMul", [x, down])
+        wide = thin and self._emit(block, "MatMul", [thin, up])
+        if wide is not None and self.dice.random() < 0.5:
+            wide = self._arithmetic(block, wide) or wide
+        return self._all_joined(block, [self._emit(block, "MatMul", [x, self._weight(block, [rows, out], rows)]), wide])
+
+    def _all_joined(self, block: Block, made: Sequence[Value | None]) -> Value | None:
+        """The sum of all, by one node or by several."""
+        values = [value for value in made if value is not None]
+        if len({value.shape for value in values}) == 1 and self.dice.random() < 0.4:
+            return self._emit(block, "Sum", list(values))
+        total: Value | None = None
+        for value in values:
+            total = self._joined(block, total, value)
         return total
 
     def _joined(self, block: Block, a: Value | None, b: Value | None) -> Value | None:

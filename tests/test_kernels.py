@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,44 @@ def test_a_difference_is_a_sum_with_the_opposite() -> None:
 )
 def test_what_does_not_fit_says_why(guest: Any, host: Any, why: str) -> None:
     assert why in conv(**guest)[0].misfit(conv(**host)[0])
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 2),
+    st.sampled_from([0, 1, (2, 0)]),
+    st.booleans(),
+)
+def test_one_kernel_after_another(seed: int, groups: int, more: int, stride: int, padding: Any, turned: bool) -> None:
+    rng = np.random.default_rng(seed)
+    window = conv((3, 2), groups=groups, stride=stride, padding=padding, channels=(4, 8), rng=rng)
+    size = (8, 4) if turned else (4, 4)
+    pointwise = conv((1, 1), groups=more, padding=0, channels=size[::-1] if not turned else size, rng=rng)
+    (first, how_first), (second, how_second) = (window, pointwise) if turned else (pointwise, window)
+    if second.pads:
+        how_first["bias"] = np.zeros_like(how_first["bias"])
+        first = Kernel(first.weight, how_first["bias"], first.groups, first.strides, first.taps, first.growth)
+    both = second.after(first)
+    assert both is not None
+    assert (both.inputs, both.outputs, both.groups) == (4, second.outputs, math.gcd(groups, more))
+    x = rng.standard_normal((4, 6, 5))
+    how = {"groups": both.groups, "strides": both.strides, "padding": window[1]["padding"]}
+    expected = convolve(convolve(x, **how_first), **how_second)
+    np.testing.assert_allclose(convolve(x, both.weight, both.bias, **how), expected, rtol=1e-10, atol=1e-10)
+    assert (both.taps, both.growth) == (window[0].taps, window[0].growth)
+
+
+def test_what_is_no_kernel_after_another() -> None:
+    (window, _), (pointwise, _), (strided, _) = conv(), conv((1, 1), padding=0), conv((1, 1), padding=0, stride=2)
+    assert window.after(window) is None
+    assert window.after(pointwise) is None  # it pads where the other one adds a bias
+    assert pointwise.after(window) is not None
+    assert strided.after(window) is None
+    assert conv(padding=0)[0].after(pointwise) is not None
+    assert (window.pads, window.is_pointwise, strided.is_pointwise, pointwise.pads) == (True, False, False, False)
 
 
 def test_the_window_sees_a_wrong_sum() -> None:

@@ -117,6 +117,121 @@ def test_a_guest_that_others_read_stays_for_them() -> None:
     assert sorted(op_types(result.graph)) == ["Conv", "Conv", "Mul"]
 
 
+ADAPTERS = {
+    "matrices": [
+        node("MatMul", ["x", "m"], ["a"]),
+        node("MatMul", ["x", "down"], ["d"]),
+        node("MatMul", ["d", "up"], ["u"]),
+        node("Mul", ["u", "two"], ["s"]),
+        node("Add", ["s", "a"]),
+    ],
+    "with-biases": [
+        node("Gemm", ["x", "m", "k"], ["a"]),
+        node("Gemm", ["x", "down", "e"], ["d"]),
+        node("Gemm", ["d", "up", "k"], ["u"]),
+        node("Sub", ["a", "u"]),
+    ],
+    "scaled-in-between": [
+        node("MatMul", ["x", "m"], ["a"]),
+        node("Mul", ["x", "k"], ["p"]),
+        node("MatMul", ["p", "down"], ["d"]),
+        node("Add", ["d", "e"], ["f"]),
+        node("MatMul", ["f", "up"], ["u"]),
+        node("Add", ["a", "u"]),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_of_low_rank(name: str) -> None:
+    shapes = {"m": (8, 8), "down": (8, 2), "up": (2, 8), "k": 8, "e": 2}
+    tensors = {name: RNG.standard_normal(shape) for name, shape in shapes.items()} | {"two": np.array(2.0)}
+    proto = model(ADAPTERS[name], constants=tensors, dtype=DOUBLE, x=(3, 8))
+    _, result = rewritten(proto, MERGE)
+    assert [kind for kind in op_types(result.graph) if kind in ("MatMul", "Gemm")] == [op_types(proto.graph)[0]]
+    assert "Sub" not in op_types(result.graph) and len(result.graph.node) <= 2
+    np.testing.assert_allclose(evaluate(result), evaluate(proto), rtol=1e-11, atol=1e-12)
+
+
+STEPS = {
+    "narrow-and-wide": [conv("x", "b", "down"), conv("b", "c", "up", **SAME)],
+    "wide-and-narrow": [conv("x", "b", "l", **SAME), conv("b", "c", "r")],
+    "strided": [conv("x", "b", "down"), conv("b", "c", "up", **SAME)],
+    "grouped": [conv("x", "b", "g1", group=2), conv("b", "c", "g2", group=4, **SAME)],
+    "an-average": [conv("x", "b", "p"), node("AveragePool", ["b"], ["c"], **COUNTED)],
+    "average-first": [node("AveragePool", ["x"], ["b"], **COUNTED), batch_norm("b", "n"), conv("n", "c", "p")],
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_branch_of_several_convolutions(name: str) -> None:
+    steps = [onnx.NodeProto.FromString(step.SerializeToString()) for step in STEPS[name]]
+    stride = 2 if name == "strided" else 1
+    if stride == 2:
+        steps[-1].attribute.append(onnx.helper.make_attribute("strides", [2, 2]))
+    nodes = [conv("x", "a", strides=[stride] * 2, **SAME), *steps, node("Add", ["c", "a"])]
+    shapes = {"down": (2, 4, 1, 1), "up": (4, 2, 3, 3), "l": (2, 4, 3, 3), "r": (4, 2, 1, 1)}
+    shapes |= {"g1": (4, 2, 1, 1), "g2": (4, 1, 3, 3)}
+    proto = double(nodes, **{key: RNG.standard_normal(shape) for key, shape in shapes.items()})
+    assert op_types(applied(proto, MERGE).graph) == ["Conv"]
+
+
+def test_what_a_branch_makes_for_others_stays() -> None:
+    nodes = [conv("x", "a", **SAME), conv("x", "b", "p"), conv("b", "c", **SAME), node("Add", ["a", "c"], ["s"])]
+    result = applied(double([*nodes, node("Mul", ["s", "b"])]), MERGE)
+    assert sorted(op_types(result.graph)) == ["Conv", "Conv", "Mul"]
+
+
+@pytest.mark.parametrize("order", ["abx", "xab", "bax", "axb", "xxa", "ax?", "?ab"])
+def test_sums_of_several(order: str) -> None:
+    """What merges goes; `?` is of another kind, and stays."""
+    made = [conv("x", "a", **SAME), conv("x", "b", "p"), node("Tanh", ["x"], ["?"])]
+    nodes = [one for one in made if one.output[0] in order]
+    result = applied(double([*nodes, node("Sum", list(order))]), MERGE)
+    kept = ["Sum"] if "?" in order else []
+    assert sorted(op_types(result.graph)) == sorted(["Conv", *kept, *["Tanh"][: len(kept)]])
+
+
+def test_a_norm_goes_through_a_sum_of_several() -> None:
+    nodes = [conv("x", "a", **SAME), conv("x", "b", "p"), conv("x", "d", "p"), node("Sum", ["a", "b", "d"], ["c"])]
+    result = applied(double([*nodes, batch_norm()]), FoldBatchNorm())
+    assert op_types(result.graph) == ["Conv", "Conv", "Conv", "Sum"]
+
+
+class Adapted(nn.Module):
+    """A layer with an adapter of low rank that nobody merged."""
+
+    def __init__(self, layer: nn.Module, down: nn.Module, up: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.down, self.up = layer, down, up
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.layer(x) + 0.5 * self.up(self.down(x)))
+
+
+@pytest.mark.parametrize("host", [Onnx, *HOSTS])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_adapters_on_every_host(host: Any, kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "linear":
+        module: nn.Module = Adapted(nn.Linear(6, 6), nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=False))
+        x = torch.randn(3, 6)
+    else:
+        thin, wide = nn.Conv2d(4, 2, 3, padding=1, bias=False), nn.Conv2d(2, 4, 1, bias=False)
+        module, x = Adapted(nn.Conv2d(4, 4, 3, padding=1), thin, wide), torch.randn(2, 4, 5, 6)
+    module.eval()
+    if host is not Onnx:
+        module, x = module.double(), x.double()
+    expected = module(x).detach().numpy()
+    graph = host().build(module, (x,))
+    outcome = pipeline.run(graph, [FoldAffine(), MERGE])
+    assert {remark.pass_name for remark in outcome.applied} >= {MERGE.name}
+    left = {op for op in graph.summary().ops if "relu" not in op.lower() and "transpose" not in op and op != "aten.t"}
+    assert len(left) == 1 and sum(graph.summary().ops[op] for op in left) == 1, graph.summary().ops
+    found = host().run(host().result(graph), x)
+    assert np.abs(found - expected).max() <= (1e-6 if host is Onnx else 1e-13) * np.abs(expected).max()
+
+
 class Block(nn.Module):
     """A RepVGG block, and a RepMixer with LayerScale; both convolutions of the mixer are one module."""
 
@@ -164,6 +279,13 @@ GEOMETRY = {
     "wide-average": [conv("x", "a", "p"), node("AveragePool", ["x"], ["b"], **COUNTED), node("Add", ["a", "b"])],
     "global-average": [conv("x", "a", **SAME), node("GlobalAveragePool", ["x"], ["b"]), node("Add", ["a", "b"])],
     "automatic": [conv("x", "a", auto_pad="SAME_UPPER", dilations=[2, 2]), node("Add", ["a", "x"])],
+    "two-windows": [
+        conv("x", "a", pads=[2, 2, 2, 2]),
+        conv("x", "b", **SAME),
+        conv("b", "c", pads=[2, 2, 2, 2]),
+        node("Add", ["a", "c"]),
+    ],
+    "too-large": [conv("x", "a", "p"), conv("x", "b", "p"), conv("b", "c", **SAME), node("Add", ["a", "c"])],
     "transposed": [node("ConvTranspose", ["x", "w"], ["a"], pads=[1, 1, 1, 1]), node("Add", ["a", "x"])],
 }
 
@@ -186,6 +308,11 @@ def _codes(proto: onnx.ModelProto) -> list[str]:
     remarks = MERGE.run(graph)
     assert graph.to_model().to_proto().SerializeToString(deterministic=True) == before
     return [remark.code for remark in remarks]
+
+
+def test_padding() -> None:
+    nodes = [conv("x", "a", **SAME), batch_norm("x", "b"), conv("b", "c", **SAME), node("Add", ["a", "c"])]
+    assert refused(double(nodes), MERGE) == {"padding": 1}
 
 
 def test_shared_output() -> None:

@@ -180,6 +180,14 @@ def test_batch_norm_of_every_opset(opset: int, tmp_path: Path) -> None:
     close(y, F.batch_norm(double(x), *map(double, (mean, var, scale, bias)), eps=float(np.float32(0.01))))
 
 
+def test_batch_norm_of_another_number_of_channels_fails(tmp_path: Path) -> None:
+    model = one_node("BatchNormalization", normal(2, 1, 3)[0][None], *normal(4, 4))
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    outcome = evaluate(str(path), [{"a0": np.zeros((2, 1, 3), np.float32)}], [None])[0][0]
+    assert isinstance(outcome, Failure) and "4 values for 1 channels" in str(outcome)
+
+
 def test_batch_norm_in_training_mode(tmp_path: Path) -> None:
     x, (scale, bias, mean) = normal(4, 4, 3, 5), normal(3, 4)
     var = RNG.uniform(0.1, 2, 4).astype(np.float32)

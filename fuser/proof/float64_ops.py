@@ -354,6 +354,8 @@ def _per_channel(parameter: Array, x: Array) -> Array:
     """`parameter` so that it broadcasts over axis 1; one with a value per element keeps its own axes."""
     if parameter.ndim > 1:
         return parameter[None]
+    if parameter.size != x.shape[1]:  # numpy would repeat one channel, which no runtime does
+        raise ValueError(f"{parameter.size} values for {x.shape[1]} channels")
     return parameter.reshape(1, -1, *[1] * (x.ndim - 2))
 
 

@@ -59,6 +59,7 @@ from fuser.ops import (
     Reshape,
     Slice,
     SplitSequence,
+    Sum,
     Transpose,
     Value,
 )
@@ -144,7 +145,9 @@ class OnnxGraph:
                 yield DuplicateConstant(self.producer(constant), constant, twin)  # type: ignore[misc]
         else:
             kinds = (kind, *MAY_CHANGE_NOTHING) if kind is Identity else kind
-            operators = {operator for operator, (produced, _) in READERS.items() if issubclass(produced, kinds)}
+            operators = {
+                operator for operator, (read_as, _) in READERS.items() if read_as is Op or issubclass(read_as, kinds)
+            }
             for node in self.wiring.order:
                 if node.op not in operators or self.wiring.is_erased(node) or self.known.is_foldable(node):
                     continue
@@ -358,7 +361,7 @@ class OnnxGraph:
             self._note_origin(node, producer)
         self.edits += 1
 
-    def set_inputs(self, op: Concat, values: Sequence[Value]) -> None:
+    def set_inputs(self, op: Concat | Sum, values: Sequence[Value]) -> None:
         producers = [producer for tensor in op.inputs if (producer := self.producer(tensor)) is not None]
         self.wiring.truncate_inputs(op.node, 0)
         for position, value in enumerate(values):

@@ -37,6 +37,7 @@ OPERANDS: dict[str, dict[str, int]] = {
     "Sub": {"left": 0, "right": 1},
     "Mul": {"left": 0, "right": 1},
     "Div": {"left": 0, "right": 1},
+    "Sum": {"left": 0, "right": 1},
 }
 """Operator -> field of its op -> position among the node's inputs."""
 
@@ -338,10 +339,20 @@ _TO_THE_END = 2**31 - 1
 
 
 def _of_one(n: NodeReader) -> ops.Op:
-    """The sum, maximum, ... of a single operand."""
+    """The mean, maximum, ... of a single operand."""
     if len(n.node.inputs) != 1:
         raise Unreadable
     return ops.Identity(n.node, n.output, n.required(0))
+
+
+def _sum(n: NodeReader) -> ops.Op:
+    values = [n.required(position) for position in range(len(n.node.inputs))]
+    match values:
+        case [value]:
+            return ops.Identity(n.node, n.output, value)
+        case [left, right]:
+            return ops.Elementwise(n.node, n.output, "+", left, right)
+    return ops.Sum(n.node, n.output, tuple(values))
 
 
 def _transpose(n: NodeReader) -> ops.Op:
@@ -529,7 +540,8 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Expand": (ops.Identity, _expand),
     "Tile": (ops.Identity, _tile),
     "Slice": (ops.Slice, _slice),
-    **dict.fromkeys(("Sum", "Mean", "Max", "Min"), (ops.Identity, _of_one)),
+    "Sum": (ops.Op, _sum),
+    **dict.fromkeys(("Mean", "Max", "Min"), (ops.Identity, _of_one)),
     "Reshape": (ops.Reshape, _reshape),
     "Flatten": (ops.Reshape, _reshape),
     "Squeeze": (ops.Reshape, _reshape),
@@ -548,4 +560,4 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Clip": (ops.Bounded, _clip),
     "DequantizeLinear": (ops.Dequantize, _dequantize),
 }
-"""Operator of the default domain -> the kind of op it reads as, and its reader."""
+"""Operator of the default domain -> the kind of op it reads as, and its reader; `Op` where that depends on the node."""
