@@ -181,7 +181,7 @@ class Walker:
                 return m if m.axis is None else m.along(op.permutation[m.axis])
             case Reshape():
                 return self._through_reshape(op, op.output, op.input, m)
-            case Reduction():
+            case Reduction(function="mean" | "max"):
                 axis = None if m.axis is None else op.axis_before(m.axis)
                 return self._refused(op, m, m.axis is None or axis is not None) or m.along(axis or 0)
         found = self._in_place(op, m)
@@ -321,7 +321,7 @@ class Walker:
                 return m if m.axis is None else m.along(op.permutation.index(m.axis % len(op.permutation)))
             case Reshape():
                 return self._through_reshape(op, op.input, op.output, m)
-            case Reduction():
+            case Reduction(function="mean" | "max"):
                 axis = None if m.axis is None else op.axis_behind(m.axis)
                 return self._refused(op, m, m.axis is None or axis is not None) or m.along(axis or 0)
         found = self._in_place(op, m)

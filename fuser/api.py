@@ -77,7 +77,8 @@ def optimize(
         freeze_inputs: treat initializers that are also graph inputs as constants, and drop those inputs.
         shared_weights: "copy" gives a rewritten layer its own copy of a weight that others use, "refuse" leaves
             such layers alone.
-        max_growth: how many elements one folded constant may add to the model; 65,536 by default.
+        max_growth: how many elements one folded constant may add to the model; by default 65,536, or a 32nd of its
+            parameters where that is more.
         verify: check the result against the original; what fails is never returned or written.  Models with more
             than 512 MB of constants are run for that only with "whole"; each of their rewrites is checked by itself.
         on_failure: "rollback" finds the rewrites at fault, leaves them out and keeps the rest; "abort" raises.

@@ -42,7 +42,12 @@ Shared = Annotated[
 ]
 Growth = Annotated[
     int | None,
-    typer.Option("--max-growth", metavar="N", min=0, help="Elements that one folded constant may add; default 65536."),
+    typer.Option(
+        "--max-growth",
+        metavar="N",
+        min=0,
+        help="Elements that one folded constant may add; default 65536, or a 32nd of the parameters.",
+    ),
 ]
 
 InputShape = Annotated[

@@ -24,6 +24,7 @@ from fuser.ops import (
     Pad,
     Padding,
     Range,
+    Reduction,
     Reshape,
     Slice,
     SplitSequence,
@@ -184,6 +185,10 @@ class Graph(Protocol):
 
     def set_shape(self, op: Movement) -> None:
         """Let an `absolute` op say the shape of its output without that of its input, which may be of another one."""
+        ...
+
+    def reduce_in_shape(self, op: Reduction, reshape: Reshape) -> None:
+        """Let a reduction, which only `reshape` reads, keep its axes if it does not, and drop them if it does."""
         ...
 
     def unite(self, op: Linear, around: tuple[Reshape, Reshape] | None) -> None:

@@ -276,9 +276,9 @@ class MaxPool(Op):
 
 @dataclass(frozen=True, eq=False)
 class Reduction(Op):
-    """y = the mean, or the largest, of the elements along `axes`.
+    """y = the mean, the largest, the sum, ... of the elements along `axes`.
 
-    function: "mean" or "max".
+    function: "mean", "max", "sum" and so on, as ONNX names them.
     axes: never negative.
     keeps_axes: whether they stay, of size 1.
     """

@@ -62,6 +62,19 @@ def test_grows() -> None:
     assert op_types(applied(proto, FoldConstants(max_growth=10**6), bound=0).graph) == ["Add"]
 
 
+def test_what_is_small_beside_the_model_is_folded() -> None:
+    """A 32nd of the parameters, unless a number was asked for."""
+    nodes = [node("Expand", ["zero", "shape"], ["b"]), node("Add", ["x", "b"], ["s"]), node("Add", ["s", "weight"])]
+    tensors = {"zero": np.zeros(1, np.float32), "shape": np.array([4, 200, 200])}
+    for rows, size in ((32, 0), (31, 1)):
+        weight = np.ones((rows, 4, 200, 200), np.float32)
+        proto = model(nodes, constants={**tensors, "weight": weight}, x=(rows, 4, 200, 200))
+        outcome, result = rewritten(proto, FOLD)
+        assert (len(outcome.applied), len(outcome.missed)) == (1 - size, size)
+        assert op_types(result.graph) == ["Expand", "Add", "Add"][1 - size :]
+        assert not fuser.explain(proto, passes=["fold-constants"], max_growth=65_536).applied
+
+
 def test_small_values_behind_a_constant_that_stays_are_folded() -> None:
     nodes = [
         node("Neg", ["two"], ["half"]),

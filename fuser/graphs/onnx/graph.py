@@ -56,6 +56,7 @@ from fuser.ops import (
     Pad,
     Padding,
     Range,
+    Reduction,
     Reshape,
     Slice,
     SplitSequence,
@@ -396,6 +397,14 @@ class OnnxGraph:
         assert shape is not None  # otherwise it is not `absolute`
         self._reshape_to(op, shape)
 
+    def reduce_in_shape(self, op: Reduction, reshape: Reshape) -> None:
+        self.wiring.set_attribute(op.node, "keepdims", int(not op.keeps_axes))
+        self.wiring.erase(reshape.node)
+        self.wiring.set_output(op.node, op.output, reshape.output)
+        self.wiring.scope(op.node).dropped.add(op.output.name)
+        self._note_origin(op.node, reshape.node)
+        self.edits += 1
+
     def unite(self, op: Linear, around: tuple[Reshape, Reshape] | None) -> None:
         add = op.output.inputs[0]
         if around is not None:
@@ -516,7 +525,8 @@ class OnnxGraph:
                 if producer is None or id(producer) in seen or not self.known.is_foldable(producer):
                     continue
                 seen.add(id(producer))
-                op = self._as_constant(producer)
+                size = elements(self.known.shape(tensor) or ())  # to compute a large value for nothing takes long
+                op = self._as_constant(producer) if size is None or size <= SMALL_CONSTANT else None
                 if op is not None and op.elements_made <= SMALL_CONSTANT:
                     yield op
                 if not self.wiring.is_erased(producer):

@@ -37,7 +37,10 @@ _NEED_A_SHAPE = {"Shape", "Size"}
 """Operators that may be known although their first operand is not."""
 
 SMALL = 1 << 20
-"""Computed values up to this many bytes are kept; larger ones are computed again when asked for."""
+"""Computed values up to this many bytes are kept."""
+
+RECENT = 1 << 26
+"""So many bytes of larger ones are kept, too: those that were computed last."""
 
 
 class KnownValues:
@@ -55,6 +58,7 @@ class KnownValues:
         self._quantized: dict[int, gs.Tensor] = {}
         self.overridable: dict[int, gs.Tensor] = {}
         self._values: dict[int, Array] = {}
+        self._recent: dict[int, Array] = {}
         self._types: dict[int, tuple[int, Shape | None]] | None = None
         self._sizes = SizeArithmetic(self.shape, self._small)
         self._sized: dict[int, gs.Node] = {}
@@ -135,7 +139,9 @@ class KnownValues:
                 pending += missing
                 if not missing:
                     self._keep(node, self._compute(node, inputs), fresh)
-        return fresh[id(value)] if id(value) in fresh else self._values[id(value)]
+        found = self._lookup(value, fresh)
+        assert found is not None
+        return found
 
     def element_type(self, tensor: gs.Tensor) -> int | None:
         """The ONNX element type, where it is known."""
@@ -266,7 +272,10 @@ class KnownValues:
     # -- computing
 
     def _lookup(self, tensor: gs.Tensor, fresh: dict[int, Array]) -> Array | None:
-        return fresh[id(tensor)] if id(tensor) in fresh else self._values.get(id(tensor))
+        for values in (fresh, self._values, self._recent):
+            if id(tensor) in values:
+                return values[id(tensor)]
+        return None
 
     def _operand(self, node: gs.Node, position: int, fresh: dict[int, Array]) -> Array | None:
         found = self._lookup(node.inputs[position], fresh)
@@ -306,6 +315,10 @@ class KnownValues:
             fresh[id(output)] = array
             if array.nbytes <= SMALL:
                 self._values[id(output)] = array
+            elif array.nbytes <= RECENT:
+                self._recent[id(output)] = array
+                while sum(kept.nbytes for kept in self._recent.values()) > RECENT:
+                    del self._recent[next(iter(self._recent))]
 
     def _stored(self, tensor: gs.Constant) -> Array:
         proto = tensor_proto(tensor)

@@ -41,6 +41,8 @@ OPERANDS: dict[str, dict[str, int]] = {
 }
 """Operator -> field of its op -> position among the node's inputs."""
 
+REDUCTIONS = tuple(f"Reduce{name}" for name in "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare".split())
+
 MEASURED = frozenset(
     {("Shape", 0), ("Size", 0), ("CastLike", 1), ("EyeLike", 0), ("RandomNormalLike", 0), ("RandomUniformLike", 0)}
 )
@@ -551,7 +553,7 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Pad": (ops.Pad, _pad),
     "AveragePool": (ops.AveragePool, _average_pool),
     "GlobalAveragePool": (ops.AveragePool, _global_average_pool),
-    **dict.fromkeys(("ReduceMean", "ReduceMax"), (ops.Reduction, _reduction)),
+    **dict.fromkeys(REDUCTIONS, (ops.Reduction, _reduction)),
     "MaxPool": (ops.MaxPool, _max_pool),
     "GlobalMaxPool": (ops.MaxPool, _global_max_pool),
     "Resize": (ops.Resize, _resize),

@@ -38,6 +38,8 @@ _NEEDS_THE_RUNTIME = frozenset(
     Sigmoid Sin Softmax Softplus Softsign SpaceToDepth Sum Tan Tanh TopK
     """.split()
 )
+_SLOW_IN_NUMPY = frozenset("GatherElements GatherND ScatterElements ScatterND".split())
+"""The reference evaluator goes through their elements one by one."""
 EVALUABLE = _SAME_BITS_EVERYWHERE | _NEEDS_THE_RUNTIME
 """Operators of the default domain that are computed ahead: deterministic, and without subgraphs."""
 
@@ -70,10 +72,13 @@ def evaluate(
     feeds = {name: array for name, array in zip(node.input, inputs, strict=True) if array is not None}
     try:
         with np.errstate(all="ignore"):
+            ways = [_in_runtime]
             if node.op_type in _SAME_BITS_EVERYWHERE:
-                with contextlib.suppress(Exception):  # it takes some operators for those of a later opset
-                    return _in_numpy(node, opset, feeds)
-            return _in_runtime(node, opset, feeds)
+                ways.insert(int(node.op_type in _SLOW_IN_NUMPY), _in_numpy)
+            for way in ways[:-1]:
+                with contextlib.suppress(Exception):  # what one does not know, or takes for another opset's
+                    return way(node, opset, feeds)
+            return ways[-1](node, opset, feeds)
     except Exception as error:  # any failure of a single node only means that it stays in the graph
         raise CannotEvaluate(f"{node.op_type} could not be computed: {str(error).splitlines()[0]}") from error
 

@@ -77,6 +77,7 @@ from fuser.ops import (
     Pad,
     Padding,
     Range,
+    Reduction,
     Reshape,
     Slice,
     SplitSequence,
@@ -429,6 +430,10 @@ class TorchGraph:
         for user in users:
             self._constants.learn(user)
         self.edits += 1
+
+    def reduce_in_shape(self, op: Reduction, reshape: Reshape) -> None:
+        """Never asked: a view costs nothing here."""
+        raise AssertionError(f"{op} stays as it is")
 
     def split(self, op: SplitSequence) -> None:
         """Never asked: a torch graph has no sequences of tensors, so it offers none."""
