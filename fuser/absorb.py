@@ -416,7 +416,9 @@ class Walker:
             return scale
         if isinstance(bias, Missed):
             return bias
-        if affine.channels not in (1, scale.size) or (isinstance(op, Linear) and (op.alpha, op.beta) != (1, 1)):
+        if isinstance(op, Linear) and (op.alpha, op.beta) != (1, 1):
+            return Missed("quantized", f"{name} has factors of its own (alpha, beta)")
+        if affine.channels not in (1, scale.size):
             return _misfit(name, scale.size, affine)
         affine = affine.sized(scale.size)
         old = 0.0 if bias is None else np.asarray(bias, np.float64)

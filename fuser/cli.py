@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +61,21 @@ AsJson = Annotated[bool, typer.Option("--json", help="The whole story as JSON, i
 ReportFile = Annotated[
     Path | None, typer.Option("--report", metavar="FILE.json", help="Write the whole story to a file, too.")
 ]
+
+
+def _tell_version(asked: bool) -> None:
+    if asked:
+        print(f"graph-fuser {metadata.version('graph-fuser')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Say which version this is.")
+    ] = False,
+) -> None:
+    """Optimize ONNX models with verified graph rewrites; say what was done, and why not elsewhere."""
 
 
 _VERIFY: dict[str, Any] = {"auto": True, "whole": "whole", "none": False}
@@ -209,6 +225,8 @@ def explain(
     for remark in (*story.applied, *story.missed):
         print(remark)
     out.print(story.change_table())
+    for warning in story.warnings:
+        err.print(f"warning: {warning}", markup=False, soft_wrap=True)
     print(f"{len(story.applied)} would be applied, {len(story.missed)} missed; nothing was written")
 
 
@@ -267,7 +285,7 @@ def bisect(
             asked = _asked(passes, skip, freeze_inputs, shared_weights, max_growth)
             found = api.bisect(model, inputs=inputs, input_shapes=_shapes(input_shape), progress=progress, **asked)
     if found is None:
-        print("no difference was found" if other else "every rewrite keeps the model equivalent")
+        print("no difference was found" if other else "no wrong rewrite was found")
         return
     print(f"first difference: {found}" if other else f"first wrong rewrite: {found}")
     raise typer.Exit(1)
@@ -407,7 +425,12 @@ def _fail(message: str, code: int) -> None:
 
 
 def _names(text: str | None) -> list[str] | None:
-    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"{text!r} names nothing; give names with commas between them")
+    return names
 
 
 def _asked(

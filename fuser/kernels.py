@@ -87,13 +87,16 @@ class Kernel:
         """factor * y, for a factor of 1 or -1, so that nothing is rounded."""
         return self if factor == 1 else replace(self, weight=-self.weight, bias=-self.bias)
 
-    def misfit(self, host: Kernel) -> str:
-        """Why `host` has no room for this kernel, as a clause; empty where it has."""
+    def misfit(self, host: Kernel, *, same_size: bool = False) -> str:
+        """Why `host` has no room for this kernel, as a clause; empty where it has.
+
+        same_size: the results are known to be of one size; else they are where both grow alike.
+        """
         if (self.outputs, self.inputs) != (host.outputs, host.inputs):
             return f"{self.inputs} to {self.outputs} channels against {host.inputs} to {host.outputs}"
         if self.strides != host.strides:
             return f"strides {self.strides} against {host.strides}"
-        if self.growth != host.growth:
+        if self.growth != host.growth and not same_size:
             return "the sizes of their results differ"
         if self.groups % host.groups:
             return f"{self.groups} groups against {host.groups}"

@@ -8,7 +8,18 @@ import numpy as np
 
 from fuser.affine import ChannelAffine, leaves_no_fraction
 from fuser.graph import Array, Graph
-from fuser.ops import BatchNorm, Elementwise, Value
+from fuser.ops import (
+    AveragePool,
+    BatchNorm,
+    Concat,
+    Conv,
+    Elementwise,
+    Linear,
+    MaxPool,
+    Normalization,
+    Resize,
+    Value,
+)
 from fuser.remarks import GIVE_SHAPES, Missed
 
 
@@ -94,13 +105,27 @@ def _arithmetic(graph: Graph, op: Elementwise) -> AffineOp | Missed:
     affine = _affine(op.function, constant, reverse)
     if isinstance(affine, Missed):
         return affine
-    axis = _axis(graph, operand, constant)
+    axis = _axis(graph, op, operand, constant)
     if isinstance(axis, Missed):
         return axis
     if leaves_no_fraction(affine.shift, constant.dtype):
         largest = np.abs(affine.shift).max()
         return Missed("rounds", f"a sum with {largest:g} is rounded to a whole number, and may be there for that")
     return AffineOp(operand, Map(affine, axis))
+
+
+def _has_axes(graph: Graph, op: Elementwise, operand: Value) -> bool:
+    """Whether the operand is sure to be no scalar, which a constant with one axis would make something else of."""
+    rank = graph.rank(operand)
+    if rank is not None:
+        return rank > 0
+    if isinstance(graph.op_producing(operand), (*_IMAGES, Linear, Normalization, Concat)):
+        return True
+    return any(isinstance(reader.op, _IMAGES) for reader in graph.readers(op.output))
+
+
+_IMAGES = (Conv, BatchNorm, AveragePool, MaxPool, Resize)
+"""What takes, and makes, values of two axes and more."""
 
 
 def _affine(function: str, constant: Array, reverse: bool) -> ChannelAffine | Missed:
@@ -126,13 +151,13 @@ def _affine(function: str, constant: Array, reverse: bool) -> ChannelAffine | Mi
     return affine if affine.is_finite else Missed("not-finite", "the constant is not finite, or divides by zero")
 
 
-def _axis(graph: Graph, operand: Value, constant: Array) -> int | Missed | None:
+def _axis(graph: Graph, op: Elementwise, operand: Value, constant: Array) -> int | Missed | None:
     """The axis of the operand along which the constant varies; None for a single number.
 
     Broadcasting aligns axes from the right, whatever their sizes are.
     """
     wide = [axis for axis, size in enumerate(constant.shape) if size != 1]
-    if not wide and constant.ndim <= 1:
+    if not wide and (constant.ndim == 0 or (constant.ndim == 1 and _has_axes(graph, op, operand))):
         return None
     rank = graph.rank(operand)
     if rank is None:

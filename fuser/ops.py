@@ -219,14 +219,16 @@ class Pad(Op):
     """y = `input` with elements around it; where a number of them is negative, elements are taken away.
 
     padding: for the last axes of the input, as many as are padded; or why that is not known.
-    value: what the elements are; -inf also stands for the lowest number of the type.
+    value: what the elements are.
     mode: "constant", or the name of the rule by which they repeat elements of the input.
+    lowest: no number of its type is below that.
     """
 
     input: Value
     padding: Padding | Missed
     value: float | Missed = 0.0
     mode: str = "constant"
+    lowest: float = float("-inf")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -56,12 +56,14 @@ def run(
     *,
     stop_after: int | None = None,
     leave_out: Mapping[Rewrite, str] = NOTHING,
+    only: Collection[Rewrite] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> Outcome:
     """Run `passes` over `graph` to a fixed point; late ones whenever the others have reached theirs.
 
     stop_after: how many rewrites are admitted; the rest is missed as `stopped` (for bisecting).
     leave_out: rewrites that are missed as `rolled-back`, and what was found of the model with each.
+    only: the rewrites that are admitted, where not all are.
     progress: called with the name of each pass before it runs.
 
     Raises `PassError`, naming the pass, when one fails, breaks the graph or the contract, or when the
@@ -77,6 +79,8 @@ def run(
         nonlocal admitted
         if (pass_name, site) in leave_out:
             return rolled_back(leave_out[pass_name, site])
+        if only is not None and (pass_name, site) not in only:
+            return INSTEAD
         if stop_after is not None and admitted >= stop_after:
             return STOPPED
         admitted += 1
@@ -130,5 +134,10 @@ def rolled_back(why: str) -> Missed:
     """Said of a rewrite without which the model is right."""
     return Missed("rolled-back", f"with this rewrite the model is not equivalent to the original: {why}")
 
+
+INSTEAD = Missed(
+    "rolled-back", "it would stand in for a rewrite that was left out, and the model is not equivalent with it either"
+)
+"""What is said of what becomes possible only where others are left out."""
 
 STOPPED = Missed("stopped", "the run was told to stop before this rewrite")

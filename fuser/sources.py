@@ -50,6 +50,7 @@ class Source:
     is_onnx: whether the original is an ONNX model.
     removable_inputs: inputs that the user asked to drop, or that are formalities.
     may_lack_inputs: whether it is no error that there is nothing to run the model on.
+    notes: what a person should know of the model, once it was opened.
     """
 
     is_onnx = False
@@ -58,6 +59,7 @@ class Source:
     def __init__(self, name: str, original: Any) -> None:
         self.name, self.original = name, original
         self.removable_inputs: Sequence[str] = ()
+        self.notes: Sequence[str] = ()
 
     def __enter__(self) -> Source:
         return self
@@ -124,7 +126,7 @@ class OnnxSource(Source):
         from fuser.graphs.onnx.graph import OnnxGraph
 
         graph = OnnxGraph(self._read(), freeze_inputs=self._freeze_inputs)
-        self.removable_inputs = graph.removable_inputs
+        self.removable_inputs, self.notes = graph.removable_inputs, graph.notes
         return graph
 
     def candidate(self, graph: Any) -> Candidate:

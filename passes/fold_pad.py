@@ -130,4 +130,4 @@ def _pads_with(graph: Graph, op: Padder, pad: Pad) -> bool:
             return pad.value == 0 and counted
         case MaxPool():
             below = graph.op_producing(pad.input)
-            return pad.value <= (below.low if isinstance(below, Bounded) else float("-inf"))
+            return pad.value <= max(pad.lowest, below.low if isinstance(below, Bounded) else pad.lowest)

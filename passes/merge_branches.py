@@ -201,7 +201,7 @@ def _take_in(graph: Graph, total: Arithmetic, op: Conv | Linear, sign: int, gues
     other = _guest_kernel(graph, guest, op, host)
     if isinstance(other, Missed):
         return other
-    if why := other.misfit(host):
+    if why := other.misfit(host, same_size=_are_alike(graph, total)):
         return Missed("geometry", f"the branches cannot share one kernel: {why}")
     host, other = host.times(sign), other.times(guest.sign)
     dtype = host.weight.dtype
@@ -216,6 +216,13 @@ def _take_in(graph: Graph, total: Arithmetic, op: Conv | Linear, sign: int, gues
         arrays["bias"] = new.bias
     rest = tuple(value for term, (_, value) in enumerate(total.terms) if term != guest.term)
     return Merge(total, op, arrays, guest.name, rest)
+
+
+def _are_alike(graph: Graph, total: Arithmetic) -> bool:
+    """Whether the operands are known to be of one size."""
+    shapes = {graph.shape(value) for _, value in total.terms}
+    only = shapes.pop()
+    return not shapes and only is not None and all(isinstance(size, int) for size in only[2:])
 
 
 def _kernel(graph: Graph, op: Conv | Linear) -> Kernel | Missed:

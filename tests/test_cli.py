@@ -296,3 +296,31 @@ def test_an_output_that_is_a_directory(folder: Path) -> None:
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert os.listdir(folder / "out") == []
+
+
+def test_the_version_is_told() -> None:
+    from importlib.metadata import version
+
+    done = fuser("--version")
+    assert (done.returncode, done.stdout) == (0, f"graph-fuser {version('graph-fuser')}\n")
+
+
+@pytest.mark.parametrize("option", ["--passes", "--skip"])
+def test_a_list_without_a_name_is_no_list(folder: Path, option: str) -> None:
+    done = fuser("optimize", folder / "net.onnx", option, " , ")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ' , ' names nothing")
+    assert os.listdir(folder) == ["net.onnx"]
+
+
+def test_bisect_says_that_nothing_is_wrong(folder: Path) -> None:
+    done = fuser("bisect", folder / "net.onnx")
+    assert (done.returncode, done.stdout) == (0, "no wrong rewrite was found\n")
+
+
+def test_a_model_of_an_old_opset_is_told(folder: Path) -> None:
+    proto = onnx.load(folder / "net.onnx")
+    proto.opset_import[0].version = 6
+    onnx.save(proto, folder / "old.onnx")
+    done = fuser("explain", folder / "old.onnx")
+    assert done.returncode == 0 and done.stderr.startswith("warning: the model is of opset 6")

@@ -260,7 +260,10 @@ REFUSED: dict[str, tuple[str, Callable[[], onnx.ModelProto]]] = {
     ),
     "output": ("shared-output", lambda: net(pad(ONES), conv("p", "y"), outputs=["y", "p"])),
     "transposed": ("geometry", lambda: net(pad(ONES), node("ConvTranspose", ["p", "w"]))),
-    "same": ("geometry", lambda: net(pad(ONES), conv("p", "y", auto_pad="SAME_UPPER"), x=("N", 4, "H", "W"))),
+    "same": (
+        "geometry",
+        lambda: net(pad(ONES), conv("p", "y", auto_pad="SAME_UPPER", strides=[2, 2]), x=("N", 4, "H", "W")),
+    ),
     "global": ("geometry", lambda: net(pad(ONES), node("GlobalAveragePool", ["p"]))),
     "ceil": ("geometry", lambda: net(pad(ONES), node("AveragePool", ["p"], kernel_shape=[3, 3], ceil_mode=1))),
     "dilated": (

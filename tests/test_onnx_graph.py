@@ -387,7 +387,8 @@ def test_batch_norm_7_with_spatial_0_is_not_per_channel() -> None:
         ({"auto_pad": "SAME_UPPER"}, 8, ((1, 1), (1, 1))),
         ({"auto_pad": "SAME_UPPER", "strides": [1, 2]}, 8, ((1, 1), (0, 1))),
         ({"auto_pad": "SAME_LOWER", "strides": [1, 2]}, 8, ((1, 1), (1, 0))),
-        ({"auto_pad": "SAME_UPPER"}, "H", None),
+        ({"auto_pad": "SAME_UPPER"}, "H", ((1, 1), (1, 1))),
+        ({"auto_pad": "SAME_UPPER", "strides": [2, 1]}, "H", None),
         ({"auto_pad": "SAME_UPPER", "dilations": [2, 2]}, 8, None),
     ],
 )
@@ -645,9 +646,17 @@ def test_a_constant_that_others_read_is_not_freed() -> None:
     assert (op.elements_made, op.elements_freed) == (144, 0)
 
 
-def test_a_negative_size_is_not_known() -> None:
-    proto = model([conv()], constants=conv_constants())
-    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+@pytest.mark.parametrize("size", [-1, None])
+def test_a_size_that_is_not_stated_has_a_name_of_its_own(size: int | None) -> None:
+    proto = model([conv("x", "y")], constants=conv_constants(), x=("N", 4, 8, 8))
+    dims = proto.graph.input[0].type.tensor_type.shape.dim
+    dims[0].Clear()
+    if size is not None:
+        dims[0].dim_value = size
+    before = proto.SerializeToString(deterministic=True)
     graph = graph_of(proto)
-    assert graph.shape(the(graph, ops.Conv).input) == (None, 4, 8, 8)
-    assert graph.summary().multiply_adds is None
+    op = the(graph, ops.Conv)
+    assert graph.shape(op.input) == ("axis 0 of x", 4, 8, 8)
+    assert graph.shape(op.output) == ("axis 0 of x", 4, 6, 6)
+    assert graph.summary().multiply_adds == 4 * 6 * 6 * 4 * 9  # of one sample
+    assert graph.to_model().to_proto().SerializeToString(deterministic=True) == before

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx_models import model, node
 
@@ -14,12 +16,18 @@ from fuser import pipeline, registry
 from fuser.errors import InputError, PassError
 from fuser.files import ModelFile
 from fuser.graphs.onnx.graph import OnnxGraph
+from fuser.job import Job
 from fuser.ops import Dead, Elementwise, Identity
 from fuser.remarks import Missed
-from fuser.rewrite import RewritePass
+from fuser.rewrite import Contract, RewritePass
+from fuser.sources import open_source
 
 
 def chain(*operators: str) -> OnnxGraph:
+    return OnnxGraph(ModelFile.from_proto(chained(*operators)))
+
+
+def chained(*operators: str) -> onnx.ModelProto:
     """A chain of nodes named op0, op1, ..."""
     nodes = [
         node(op, [f"v{i}" if i else "x"], [f"v{i + 1}" if i + 1 < len(operators) else "y"])
@@ -27,7 +35,7 @@ def chain(*operators: str) -> OnnxGraph:
     ]
     for i, n in enumerate(nodes):
         n.name = f"op{i}"
-    return OnnxGraph(ModelFile.from_proto(model(nodes)))
+    return model(nodes)
 
 
 @dataclass(frozen=True)
@@ -204,3 +212,31 @@ def test_a_late_pass_waits_until_the_others_have_nothing_left_to_do() -> None:
     graph = chain("Relu", "Identity", "Identity", "Relu")
     applied = pipeline.run(graph, [Late(only("op1")), Drop(only("op2"))]).applied
     assert [(r.pass_name, r.site) for r in applied] == [("drop", "op2"), ("late", "op1")]
+
+
+def test_only_some_rewrites_may_be_admitted() -> None:
+    outcome = pipeline.run(chain("Identity", "Identity", "Relu"), [Drop()], only={("drop", "op1")})
+    assert [r.site for r in outcome.applied] == ["op1"]
+    assert [(r.site, r.code) for r in outcome.missed] == [("op0", "rolled-back")]
+
+
+def test_what_stands_in_for_a_wrong_rewrite_may_be_as_wrong() -> None:
+    """Without the one at fault another becomes possible: it is left out, too, and the rest is kept."""
+
+    def unless_another_is_gone(graph: Any, op: Any) -> Any:
+        left = [graph.describe(one) for one in graph.ops(Identity)]
+        return Missed("late", "the first one is gone") if graph.describe(op) == "op1" and "op0" not in left else op
+
+    def check(candidate: onnx.ModelProto, contract: Contract) -> Any:
+        """Wrong without the first two; it does not matter whether the third one is there."""
+        passed = {"op0", "op1"} <= {one.name for one in candidate.graph.node}
+        return SimpleNamespace(passed=passed, verdict="", reason="it is another function")
+
+    proto = chained("Identity", "Identity", "Identity", "Relu")
+    job = Job(open_source(proto), [Drop(unless_another_is_gone)], None)
+    job.rewrite()
+    assert [remark.site for remark in job.report.applied] == ["op0", "op2"]
+    job.prove(check, abort=False, whole=False)
+    assert [remark.site for remark in job.report.applied] == ["op2"]
+    assert [(remark.site, remark.code) for remark in job.report.missed] == [(f"op{i}", "rolled-back") for i in (0, 1)]
+    assert "drop @ op0 was left out" in job.report.warnings[0]

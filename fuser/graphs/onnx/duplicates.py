@@ -13,7 +13,7 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from fuser.files import ModelFile
 from fuser.graphs.onnx.carrier import NOT_IN_EDITOR
 from fuser.graphs.onnx.known import KnownValues, tensor_proto
-from fuser.graphs.onnx.wiring import Wiring, is_standard
+from fuser.graphs.onnx.wiring import Wiring, is_standard, operator
 
 T = TypeVar("T")
 
@@ -92,7 +92,9 @@ class DuplicateConstants:
     def _stored(self) -> Iterator[gs.Tensor]:
         """Initializers, those that are outputs first as their names have to stay, and what Constant nodes make."""
         initializers = [tensor for scope in self._wiring.scopes for tensor in scope.names.values() if not tensor.inputs]
-        nodes = [node for node in self._wiring.order if node.op == "Constant" and not self._wiring.is_erased(node)]
+        nodes = [
+            node for node in self._wiring.order if operator(node) == "Constant" and not self._wiring.is_erased(node)
+        ]
         yield from filter(self._is_candidate, sorted(initializers, key=lambda t: not self._wiring.public(t)))
         yield from filter(self._is_candidate, (node.outputs[0] for node in nodes))
 

@@ -37,7 +37,7 @@ from fuser.graphs.onnx.readers import (
 )
 from fuser.graphs.onnx.sequences import split_sequence
 from fuser.graphs.onnx.values import CannotEvaluate, Shape, elements, numpy_dtype
-from fuser.graphs.onnx.wiring import Scope, Wiring, initializer_names, is_standard
+from fuser.graphs.onnx.wiring import Scope, Wiring, initializer_names, is_standard, operator
 from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
     SMALL_CONSTANT,
@@ -97,6 +97,7 @@ class OnnxGraph:
 
     model: edited in place, by `to_model`.
     freeze_inputs: initializers that are also graph inputs count as constants, and those inputs go.
+    notes: what a person should know of the model.
 
     Raises `InputError` for a model that is not a graph: cyclic, or with a value produced twice.
     """
@@ -118,6 +119,8 @@ class OnnxGraph:
         self.known = KnownValues(model, self.wiring, set() if formal else backed, frozen=freeze_inputs)
         self._duplicate_constants = DuplicateConstants(model, self.wiring, self.known)
         self.wiring.scopes[0].changed = bool(self._removed)
+        opset = self.wiring.scopes[0].opset
+        self.notes = [] if opset >= OLDEST_OPSET else [_too_old(opset)]
         self._zeros: dict[int, bool] = {}
         self._origins: dict[int, list[str]] = {}
         self._readings: dict[int, Op | None] = {}
@@ -146,9 +149,7 @@ class OnnxGraph:
                 yield DuplicateConstant(self.producer(constant), constant, twin)  # type: ignore[misc]
         else:
             kinds = (kind, *MAY_CHANGE_NOTHING) if kind is Identity else kind
-            operators = {
-                operator for operator, (read_as, _) in READERS.items() if read_as is Op or issubclass(read_as, kinds)
-            }
+            operators = {name for name, (read_as, _) in READERS.items() if read_as is Op or issubclass(read_as, kinds)}
             for node in self.wiring.order:
                 if node.op not in operators or self.wiring.is_erased(node) or self.known.is_foldable(node):
                     continue
@@ -202,17 +203,19 @@ class OnnxGraph:
     def rank(self, value: Value) -> int | None:
         while True:
             producer = self.producer(value)
-            if producer is not None and producer.op in ("Conv", "ConvTranspose") and len(producer.inputs) > 1:
-                value = producer.inputs[1]  # ONNX has no unbatched convolution
-                continue
-            if producer is not None and producer.op == "Gemm":
+            kind = operator(producer)
+            if kind == "Gemm":
                 return 2
+            operands = [] if producer is None else producer.inputs
+            if kind in ("Conv", "ConvTranspose") and len(operands) > 1:
+                value = operands[1]  # ONNX has no unbatched convolution
+                continue
             shape = self.known.shape(value)
             if shape is not None:
                 return len(shape)
-            if producer is None or producer.op not in KEEPS_RANK or not is_standard(producer):
+            if kind not in KEEPS_RANK:
                 return None
-            value = producer.inputs[0]
+            value = operands[0]
 
     def can_vanish(self, op: Op, by: Value) -> bool:
         return all(
@@ -272,7 +275,7 @@ class OnnxGraph:
             if len(node.inputs) < 2 or not node.outputs:  # not a legal node
                 return None
             x, w, y = (costs.per_sample(self.known.shape(t), batch) for t in (*node.inputs[:2], node.outputs[0]))
-            if x is None or w is None or y is None or self.wiring.scope(node) is not self.wiring.scopes[0]:
+            if not x or not w or y is None or self.wiring.scope(node) is not self.wiring.scopes[0]:
                 return None
             if node.op.startswith("Conv"):
                 total += costs.conv(x, w, y, transposed=node.op == "ConvTranspose")
@@ -570,7 +573,7 @@ class OnnxGraph:
                 continue  # seen again with the next of its readers that goes
             counted.add(id(tensor))
             producer = self.producer(tensor)
-            if producer is None or producer.op == "Constant":
+            if producer is None or operator(producer) == "Constant":
                 freed += elements(self.known.shape(tensor) or ()) or 0
             elif all(output is tensor or not self.wiring.uses(output) for output in producer.outputs):
                 going.add(id(producer))
@@ -727,3 +730,11 @@ class OnnxGraph:
             return path + str(node.name)
         outputs = [output.name for output in node.outputs if not output.is_empty()]
         return path + str(outputs[0] if outputs else node.op)
+
+
+def _too_old(opset: int) -> str:
+    what = f"is of opset {opset}" if opset else "imports no opset of the default domain"
+    return (
+        f"the model {what}, and operators are understood from opset {OLDEST_OPSET} on, so its main graph is left alone"
+        "; onnx.version_converter makes a newer one of it"
+    )

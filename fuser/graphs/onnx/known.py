@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, helper
+from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
@@ -22,12 +22,16 @@ from fuser.graphs.onnx.values import (
     EVALUABLE,
     CannotEvaluate,
     Shape,
+    are_worth_trusting,
     attribute_value,
     elements,
     evaluate,
     infer_shapes,
+    inputs_named,
+    is_invented,
     numpy_dtype,
     type_and_shape,
+    undeclared,
 )
 from fuser.graphs.onnx.wiring import Scope, Wiring, has_references, is_standard
 from fuser.remarks import Missed
@@ -60,6 +64,7 @@ class KnownValues:
         self._values: dict[int, Array] = {}
         self._recent: dict[int, Array] = {}
         self._types: dict[int, tuple[int, Shape | None]] | None = None
+        self._trusts_declared = False
         self._sizes = SizeArithmetic(self.shape, self._small)
         self._sized: dict[int, gs.Node] = {}
         for scope in wiring.scopes:
@@ -331,8 +336,19 @@ class KnownValues:
     def _inferred(self) -> dict[int, tuple[int, Shape | None]]:
         if self._types is None:
             self._types = {}
-            self._collect(self._wiring.scopes[0], infer_shapes(self._in_order).graph)
+            graph = self._in_order.graph
+            inferred = self._infer()
+            self._trusts_declared = are_worth_trusting((*graph.value_info, *graph.output), _infos(inferred))
+            self._collect(self._wiring.scopes[0], self._infer() if self._trusts_declared else inferred)
         return self._types
+
+    def _infer(
+        self, sizes: Mapping[str, Array] | None = None, shapes: Mapping[str, tuple[int, Shape]] | None = None
+    ) -> GraphProto:
+        """The graph with what inference says of its values; see `infer_shapes`."""
+        graph = self._in_order.graph
+        with inputs_named(graph), contextlib.nullcontext() if self._trusts_declared else undeclared(graph):
+            return infer_shapes(self._in_order, sizes, shapes).graph
 
     @cached_property
     def _in_order(self) -> ModelProto:
@@ -367,7 +383,7 @@ class KnownValues:
             if not new_sizes and not new_shapes:
                 return
             sizes, shapes = sizes | new_sizes, shapes | new_shapes
-            self._collect(self._wiring.scopes[0], infer_shapes(self._in_order, sizes, shapes).graph)
+            self._collect(self._wiring.scopes[0], self._infer(sizes, shapes))
             for node in self._wiring.order:
                 self._classify(node)
 
@@ -429,7 +445,7 @@ class KnownValues:
 
     def _collect(self, scope: Scope, graph: GraphProto) -> None:
         assert self._types is not None
-        for info in (*graph.input, *graph.value_info, *graph.output):
+        for info in _infos(graph):
             if info.name in scope.names:
                 self._types[id(scope.names[info.name])] = type_and_shape(info)
         if scope.frozen:
@@ -446,12 +462,12 @@ class KnownValues:
 
 def _is_proven(shape: Shape | None) -> bool:
     """Whether every size is a number, or has a name that is not one of those that inference invents."""
-    return shape is not None and not any(
-        size is None or (isinstance(size, str) and size.startswith(_INVENTED)) for size in shape
-    )
+    return shape is not None and not any(map(is_invented, shape))
 
 
-_INVENTED = "unk__"
+def _infos(graph: GraphProto) -> Iterator[ValueInfoProto]:
+    """What is said of the values of a graph."""
+    yield from (*graph.input, *graph.value_info, *graph.output)
 
 
 def tensor_proto(tensor: gs.Constant) -> TensorProto | None:

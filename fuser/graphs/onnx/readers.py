@@ -17,6 +17,7 @@ from onnx import TensorProto
 from fuser import ops
 from fuser.graph import Array, Dim
 from fuser.graphs.onnx.values import numpy_dtype
+from fuser.graphs.onnx.wiring import operator
 from fuser.remarks import Missed
 
 if TYPE_CHECKING:
@@ -105,10 +106,13 @@ class NodeReader:
 
 
 def _conv(n: NodeReader) -> ops.Op:
-    weight = n.required(1)
+    weight, groups = n.required(1), n.attribute("group", 1)
     spatial = n.rank(weight) - 2
     transposed = n.node.op == "ConvTranspose"
-    kernel = (n.graph.shape(weight) or ())[2:]
+    shape = n.graph.shape(weight) or ()
+    kernel = shape[2:]
+    if groups < 1 or any(isinstance(channels, int) and channels % groups for channels in shape[:1]):
+        raise Unreadable
     strides, dilations = _per_axis(n, "strides", spatial), _per_axis(n, "dilations", spatial)
     return ops.Conv(
         n.node,
@@ -116,7 +120,7 @@ def _conv(n: NodeReader) -> ops.Op:
         n.required(0),
         weight,
         n.input(2),
-        groups=n.attribute("group", 1),
+        groups=groups,
         transposed=transposed,
         strides=strides,
         dilations=dilations,
@@ -146,14 +150,16 @@ def _same_padding(
     n: NodeReader, mode: str, kernel: Sequence[Dim], strides: Sequence[int], dilations: Sequence[int]
 ) -> ops.Padding | None:
     """So much that there are ceil(size / stride) windows; the odd element goes after, or before."""
-    sizes = (n.graph.shape(n.required(0)) or ())[2:]
-    if len(sizes) != len(strides) or not all(isinstance(size, int) for size in (*sizes, *kernel)):
-        return None
-    if any(dilation != 1 for dilation in dilations):  # runtimes disagree
+    sizes = (n.graph.shape(n.required(0)) or (None,) * (2 + len(strides)))[2:]
+    if len(sizes) != len(strides) or any(dilation != 1 for dilation in dilations):  # where runtimes disagree
         return None
     pairs = []
     for size, width, stride in zip(sizes, kernel, strides, strict=True):
-        total = max(0, (-(-size // stride) - 1) * stride + width - size)  # type: ignore[operator]
+        if stride == 1:
+            size = 1  # as for any other size
+        if not isinstance(size, int) or not isinstance(width, int):
+            return None
+        total = max(0, (-(-size // stride) - 1) * stride + width - size)
         less, more = total // 2, total - total // 2
         pairs.append((less, more) if mode == "SAME_UPPER" else (more, less))
     return tuple(pairs)
@@ -192,7 +198,7 @@ def bias_add(graph: OnnxGraph, matmul: gs.Node) -> gs.Node | None:
     if len(readers) != 1 or graph.is_public(matmul.outputs[0]):
         return None
     add, position = readers[0]
-    if add.op != "Add" or len(add.inputs) != 2 or not graph.same_scope(add, matmul):
+    if operator(add) != "Add" or len(add.inputs) != 2 or not graph.same_scope(add, matmul):
         return None
     bias = add.inputs[1 - position]
     rank = graph.rank(bias) if graph.is_known(bias) else None
@@ -209,7 +215,7 @@ def _elementwise(n: NodeReader) -> ops.Op:
     if n.node.op == "Add":
         for value in (left, right):
             producer = n.graph.producer(value)
-            if producer is not None and producer.op == "MatMul" and bias_add(n.graph, producer) is n.node:
+            if operator(producer) == "MatMul" and bias_add(n.graph, producer) is n.node:
                 linear = n.graph.read(producer)
                 if linear is not None:
                     return linear
@@ -260,7 +266,7 @@ def _cast(n: NodeReader) -> ops.Op:
     if n.graph.element_type(value) == to:
         return ops.Identity(n.node, n.output, value)
     inner = n.graph.producer(value)
-    if inner is None or inner.op != "Cast" or inner.domain not in (None, "", "ai.onnx"):
+    if inner is None or operator(inner) != "Cast":
         raise Unreadable
     if n.graph.element_type(inner.inputs[0]) != to or not _is_lossless(to, n.graph.element_type(value)):
         raise Unreadable
@@ -376,7 +382,8 @@ def _concat(n: NodeReader) -> ops.Op:
 
 
 def _pad(n: NodeReader) -> ops.Op:
-    return ops.Pad(n.node, n.output, n.required(0), _pads(n), _pad_value(n), n.attribute("mode", "constant"))
+    mode = n.attribute("mode", "constant")
+    return ops.Pad(n.node, n.output, n.required(0), _pads(n), _pad_value(n), mode, _lowest(n))
 
 
 def _pads(n: NodeReader) -> ops.Padding | Missed:
@@ -411,12 +418,21 @@ def _pad_value(n: NodeReader) -> float | Missed:
 
 
 def _number(value: Array) -> float:
-    """The only element; -inf for the lowest number there is."""
+    """The only element."""
     if value.size != 1 or value.dtype.kind not in "fiuV":
         raise Unreadable
-    info: Any = np.iinfo(value.dtype) if value.dtype.kind in "iu" else ml_dtypes.finfo(value.dtype)  # type: ignore[no-untyped-call]
-    number = float(value.reshape(-1)[0])
-    return -np.inf if number <= info.min else number
+    return float(value.reshape(-1)[0])
+
+
+def _lowest(n: NodeReader) -> float:
+    """The lowest number, -inf left out, of the type that is padded."""
+    given = n.input(2)
+    element_type = n.graph.element_type(n.required(0) if given is None else given)
+    dtype = None if element_type is None else numpy_dtype(element_type)
+    if dtype is None or dtype.kind not in "fiuV":
+        return -np.inf
+    info: Any = np.iinfo(dtype) if dtype.kind in "iu" else ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return float(info.min)
 
 
 def _average_pool(n: NodeReader) -> ops.Op:

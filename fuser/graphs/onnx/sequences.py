@@ -19,7 +19,7 @@ def split_sequence(graph: OnnxGraph, node: gs.Node) -> SplitSequence | None:
     """What a SplitToSequence node is; None where its elements are no parts of the tensor."""
     data, sequence = node.inputs[0], node.outputs[0]
     shape = graph.shape(data)
-    if shape is None:
+    if not shape:
         return None
     axis = node.attrs.get("axis", 0) % len(shape)
     has_split = len(node.inputs) > 1 and not node.inputs[1].is_empty()

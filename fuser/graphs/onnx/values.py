@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, numpy_helper
+from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, numpy_helper
 
 from fuser.graph import Array, Dim
 
@@ -25,7 +25,7 @@ _SAME_BITS_EVERYWHERE = frozenset(
     """
     Abs Add And Cast CastLike Ceil Compress Concat ConstantOfShape Div Equal Expand Flatten Floor
     Gather GatherElements GatherND Greater GreaterOrEqual Identity Less LessOrEqual Max Min Mul Neg
-    NonZero Not OneHot Or Pad Range Reshape ScatterElements ScatterND Shape Sign Size Slice Split Sqrt
+    NonZero Not OneHot Or Pad Reshape ScatterElements ScatterND Shape Sign Size Slice Split Sqrt
     Squeeze Sub Tile Transpose Trilu Unsqueeze Where Xor
     """.split()
 )
@@ -33,7 +33,7 @@ _NEEDS_THE_RUNTIME = frozenset(
     """
     ArgMax ArgMin Atan AveragePool BatchNormalization BitShift Clip Conv ConvTranspose Cos CumSum DepthToSpace
     Einsum Elu Erf Exp EyeLike Gelu Gemm GlobalAveragePool HardSigmoid HardSwish InstanceNormalization IsInf IsNaN
-    LayerNormalization LeakyRelu Log LogSoftmax MatMul MaxPool Mean Mod PRelu Pow Reciprocal ReduceL1 ReduceL2
+    LayerNormalization LeakyRelu Log LogSoftmax MatMul MaxPool Mean Mod PRelu Pow Range Reciprocal ReduceL1 ReduceL2
     ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu Resize Round Selu
     Sigmoid Sin Softmax Softplus Softsign SpaceToDepth Sum Tan Tanh TopK
     """.split()
@@ -172,6 +172,82 @@ def _size(dim: TensorShapeProto.Dimension) -> int | str | None:
     if dim.HasField("dim_value"):
         return dim.dim_value if dim.dim_value >= 0 else None
     return dim.dim_param or None
+
+
+@contextlib.contextmanager
+def inputs_named(graph: GraphProto) -> Iterator[None]:
+    """Meanwhile, every size of an input that is not stated has a name of its own, so that it is known where it goes."""
+    named = []
+    for info in graph.input:
+        if info.type.HasField("tensor_type") and info.type.tensor_type.HasField("shape"):
+            for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+                if _size(dim) is None:
+                    named.append((dim, dim.dim_value))
+                    dim.dim_param = f"axis {axis} of {info.name}"
+    try:
+        yield
+    finally:
+        for dim, value in named:
+            dim.ClearField("dim_param")
+            if value:
+                dim.dim_value = value
+
+
+@contextlib.contextmanager
+def undeclared(graph: GraphProto) -> Iterator[None]:
+    """Meanwhile, nothing is declared of the shapes of values other than inputs."""
+    graphs = list(_with_bodies(graph))
+    kept = [GraphProto(value_info=each.value_info) for each in graphs]
+    outputs = GraphProto(output=graph.output)
+    for each in graphs:
+        del each.value_info[:]
+    for output in graph.output:
+        if output.type.HasField("tensor_type"):
+            output.type.tensor_type.ClearField("shape")
+    try:
+        yield
+    finally:
+        for each, declared in zip(graphs, kept, strict=True):
+            each.value_info.extend(declared.value_info)
+        for output, declared_output in zip(graph.output, outputs.output, strict=True):
+            output.CopyFrom(declared_output)
+
+
+def _with_bodies(graph: GraphProto) -> Iterator[GraphProto]:
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.type == AttributeProto.GRAPH:
+                yield from _with_bodies(attribute.g)
+
+
+def are_worth_trusting(declared: Iterable[onnx.ValueInfoProto], inferred: Iterable[onnx.ValueInfoProto]) -> bool:
+    """Whether what is declared of values says more than what was inferred, and nothing else.
+
+    A file that was exported for one batch, and given a name for its size later, declares sizes that are not true.
+    """
+    found = {info.name: type_and_shape(info) for info in inferred}
+    more = False
+    for info in declared:
+        told, (element_type, shape) = type_and_shape(info), found.get(info.name, (TensorProto.UNDEFINED, None))
+        if told[0] and element_type and told[0] != element_type:
+            return False
+        if shape is None or told[1] is None:
+            more |= told[1] is not None or not element_type
+            continue
+        if len(shape) != len(told[1]):
+            return False
+        for here, there in zip(told[1], shape, strict=True):
+            if is_invented(there):
+                more |= here is not None
+            elif isinstance(here, int) and here != there:
+                return False
+    return more
+
+
+def is_invented(size: Dim) -> bool:
+    """Whether a size is not known, or only by a name that inference invented."""
+    return size is None or (isinstance(size, str) and size.startswith("unk__"))
 
 
 def infer_shapes(

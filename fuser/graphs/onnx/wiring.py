@@ -81,7 +81,7 @@ class Wiring:
     order: the living nodes of all scopes, each made before it is read.
     unread: the initializers of the main graph that nobody has ever read and no caller can give, by name.
 
-    Raises `InputError` for a model that is not a graph: cyclic, or with a value produced twice.
+    Raises `InputError` for a model that is not a graph: cyclic, or with a value produced twice or not at all.
     """
 
     def __init__(self, model: onnx.ModelProto, dropped_inputs: Collection[str] = ()) -> None:
@@ -100,6 +100,9 @@ class Wiring:
 
         main = Scope("", model.graph, self.editor, _opset(model.opset_import))
         self._register(main)
+        for output in model.graph.output:
+            if main.lookup(output.name) is None and output.name not in initializer_names(model.graph):
+                raise InputError(f"not a valid ONNX model: nothing makes the graph output {output.name!r}")
         for proto, function in zip(model.functions, self.editor.functions, strict=True):
             path = f"{proto.domain}:{proto.name}/" if proto.domain else f"{proto.name}/"
             self._register(Scope(path, proto, function, _opset(proto.opset_import) or main.opset))
@@ -333,6 +336,11 @@ class Wiring:
 def is_standard(node: gs.Node) -> bool:
     """Whether the node is of the default domain; what a custom operator does is its own affair."""
     return node.domain in (None, "", "ai.onnx")
+
+
+def operator(node: gs.Node | None) -> str:
+    """The operator of the default domain that the node is; empty for one of another domain, and for no node."""
+    return str(node.op) if node is not None and is_standard(node) else ""
 
 
 def has_references(node: gs.Node) -> bool:

@@ -389,8 +389,9 @@ def _pad(call: Call) -> ops.Op:
         call.node,
         value,
         _padding_of(given),
-        0.0 if number is None else _lowest(call.graph.dtype(value), number),
+        0.0 if number is None else float(number),
         call.static("mode", "constant"),
+        _lowest(call.graph.dtype(value)),
     )
 
 
@@ -403,12 +404,12 @@ def _padding_of(given: Sequence[Any]) -> ops.Padding | Missed:
     return tuple(reversed(pairs))
 
 
-def _lowest(dtype: torch.dtype | None, number: float) -> float:
-    """The number; -inf for the lowest that the type has."""
+def _lowest(dtype: torch.dtype | None) -> float:
+    """The lowest number, -inf left out, of the type."""
     if dtype is None or dtype in (torch.bool, torch.complex64, torch.complex128):
-        return float(number)
+        return float("-inf")
     info = torch.finfo(dtype) if dtype.is_floating_point else torch.iinfo(dtype)
-    return float("-inf") if number <= info.min else float(number)
+    return float(info.min)
 
 
 def _at_least_zero(call: Call) -> ops.Op:
@@ -687,9 +688,16 @@ def _tuple(value: Any, count: int) -> tuple[int, ...]:
 
 def _pad_module(call: ModuleCall) -> ops.Op:
     module = call.module
-    value = _lowest(call.graph.dtype(call.input), getattr(module, "value", 0.0))
-    mode = PADS[type(module)]
-    return ops.Pad(call.node, call.node, call.input, _padding_of(module.padding), value, mode, hooked=call.hooked)
+    return ops.Pad(
+        call.node,
+        call.node,
+        call.input,
+        _padding_of(module.padding),
+        float(getattr(module, "value", 0.0)),
+        PADS[type(module)],
+        _lowest(call.graph.dtype(call.input)),
+        hooked=call.hooked,
+    )
 
 
 def _resize_module(call: ModuleCall) -> ops.Op:

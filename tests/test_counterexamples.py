@@ -1,0 +1,349 @@
+"""Small models on which a rewrite was once wrong: whatever is done to them now, the function and the shapes stay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx_models import node
+from torch import nn
+
+import fuser
+
+DOUBLE = onnx.TensorProto.DOUBLE
+RNG = np.random.default_rng(41)
+Shapes = Mapping[str, Sequence[Any]]
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto],
+    x: Sequence[Any],
+    y: Sequence[Any],
+    constants: Mapping[str, Any],
+    declared: Shapes | None = None,
+    custom: Sequence[onnx.FunctionProto] = (),
+) -> onnx.ModelProto:
+    """x -> nodes -> y in float64, with what is `declared` of the values between."""
+
+    def infos(shapes: Shapes) -> list[onnx.ValueInfoProto]:
+        return [helper.make_tensor_value_info(name, DOUBLE, shape) for name, shape in shapes.items()]
+
+    tensors = [numpy_helper.from_array(np.asarray(values), name) for name, values in constants.items()]
+    graph = helper.make_graph(
+        list(nodes), "g", infos({"x": x}), infos({"y": y}), tensors, value_info=infos(declared or {})
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid("my", 1)]
+    proto = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=list(custom))
+    onnx.checker.check_model(proto, full_check=True)
+    return proto
+
+
+def normal(*shape: int) -> Any:
+    return RNG.standard_normal(shape)
+
+
+def check(proto: onnx.ModelProto, *inputs: Any) -> onnx.ModelProto:
+    """The optimized model, which is the same function."""
+    result: onnx.ModelProto = fuser.optimize(proto, verify=False).model
+    onnx.checker.check_model(result, full_check=True)
+    for x in inputs:
+        before, after = (ReferenceEvaluator(one).run(None, {"x": x})[0] for one in (proto, result))  # type: ignore[index]
+        assert before.shape == after.shape
+        np.testing.assert_allclose(after, before, rtol=1e-10, atol=1e-10 * np.abs(before).max())
+    return result
+
+
+# -- a file that was exported for one batch, whose input was given a name for its size later
+
+
+def test_a_batch_that_is_no_longer_one() -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["c"]),
+        node("Shape", ["c"], ["s"]),
+        node("Gather", ["s", "zero"], ["d"]),
+        node("Concat", ["d", "rest"], ["t"], axis=0),
+        node("Reshape", ["c", "t"], ["q"]),
+        node("Gemm", ["q", "v"]),
+    ]
+    constants = {"w": normal(4, 3, 3, 3), "v": normal(144, 5), "zero": np.array([0]), "rest": np.array([-1])}
+    for declared in ({"c": [1, 4, 6, 6]}, {"c": [1, 4, 6, 6], "q": [1, 144]}, {}):
+        proto = model(nodes, ["N", 3, 8, 8], ["N", 5], constants, declared)
+        before = proto.SerializeToString(deterministic=True)
+        check(proto, normal(1, 3, 8, 8), normal(2, 3, 8, 8))
+        assert proto.SerializeToString(deterministic=True) == before
+        assert fuser.optimize(proto).report.verification.passed
+    nameless = model(nodes, [None, 3, 8, 8], [None, 5], constants, {"c": [1, 4, 6, 6]})
+    check(nameless, normal(2, 3, 8, 8))
+
+
+def test_an_automatic_padding_of_another_size() -> None:
+    nodes = [
+        node("Relu", ["x"], ["a"]),
+        node("Conv", ["a", "w"], ["b"], auto_pad="SAME_UPPER", strides=[2, 2]),
+        node("Conv", ["a", "v"], ["c"], strides=[2, 2]),
+        node("Add", ["b", "c"]),
+    ]
+    constants = {"w": normal(4, 3, 3, 3), "v": normal(4, 3, 1, 1)}
+    proto = model(nodes, [1, 3, "h", "w_"], [1, 4, "i", "j"], constants, {"a": [1, 3, 7, 7]})
+    check(proto, normal(1, 3, 8, 8), normal(1, 3, 7, 7))
+
+
+def test_a_reshape_to_a_batch_of_one() -> None:
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        node("Flatten", ["r"], ["a"]),
+        node("Unsqueeze", ["a", "one"], ["b"]),
+        node("Mul", ["b", "k"]),
+    ]
+    constants = {"one": np.array([1]), "k": normal(12)}
+    check(model(nodes, ["N", 3, 4], ["N", 1, 12], constants, {"a": [1, 12], "b": [1, 1, 12]}), normal(2, 3, 4))
+
+
+def test_what_only_the_file_knows_is_believed() -> None:
+    """A custom operator's result has the shape that is declared, as long as that contradicts nothing."""
+    nodes = [
+        helper.make_node("Twice", ["x"], ["t"], domain="my"),
+        node("Reshape", ["t", "s"], ["r"]),
+        node("Relu", ["r"]),
+    ]
+    proto = model(nodes, [2, 3], [2, 3], {"s": np.array([2, 3])}, {"t": [2, 3]}, [_function("Twice", ["a"])])
+    del proto.functions[:]  # nobody can look inside
+    assert [one.op_type for one in fuser.optimize(proto, verify=False).model.graph.node] == ["Twice", "Relu"]
+
+
+# -- operators of other domains that are called like standard ones
+
+
+def _function(name: str, inputs: list[str]) -> onnx.FunctionProto:
+    """a + 2 b, or 2 a."""
+    nodes = [node("Add", [inputs[-1], inputs[-1]], ["d"]), node("Add", [inputs[0], "d"], ["o"])]
+    if len(inputs) == 1:
+        nodes = [node("Add", [inputs[0], inputs[0]], ["o"])]
+    return helper.make_function("my", name, inputs, ["o"], nodes, [helper.make_opsetid("", 18)])
+
+
+def test_an_add_that_is_none() -> None:
+    add = helper.make_node("Add", ["a", "k"], ["y"], domain="my")
+    custom = [_function("Add", ["a", "b"])]
+    in_front = [node("Add", ["x", "t"], ["z"]), node("MatMul", ["z", "w"], ["a"]), add]
+    check(
+        model(in_front, [2, 3, 4], [2, 3, 5], {"w": normal(4, 5), "k": normal(5), "t": normal(4)}, None, custom),
+        normal(2, 3, 4),
+    )
+    twice = [node("MatMul", ["x", "w"], ["z"]), node("MatMul", ["z", "v"], ["a"]), add]
+    check(
+        model(twice, [2, 3, 4], [2, 3, 5], {"w": normal(4, 4), "v": normal(4, 5), "k": normal(5)}, None, custom),
+        normal(2, 3, 4),
+    )
+    alone = [node("MatMul", ["x", "w"], ["a"]), add]
+    check(model(alone, [3, 4], [3, 5], {"w": normal(4, 5), "k": normal(5)}, None, custom), normal(3, 4))
+
+
+@pytest.mark.parametrize("name", ["Gemm", "Conv", "ConvTranspose"])
+def test_an_operator_that_has_another_rank(name: str) -> None:
+    nodes = [
+        helper.make_node(name, ["x", "u"], ["a"], domain="my"),
+        node("Conv", ["a", "v"], ["c"]),
+        node("Mul", ["a", "k"], ["b"]),
+        node("Add", ["b", "c"]),
+    ]
+    constants = {"u": normal(5, 5), "v": normal(5, 5, 1, 1), "k": normal(5)}  # k lies along the width
+    check(model(nodes, [2, 5, 5, 5], [2, 5, 5, 5], constants, None, [_function(name, ["a", "b"])]), normal(2, 5, 5, 5))
+
+
+def test_a_constant_that_is_none() -> None:
+    nodes = [
+        helper.make_node("Constant", ["x"], ["a"], domain="my"),
+        helper.make_node("Constant", ["x"], ["b"], domain="my"),
+        node("Add", ["a", "b"]),
+    ]
+    check(model(nodes, [2, 3], [2, 3], {}, None, [_function("Constant", ["a"])]), normal(2, 3))
+
+
+# -- the lowest number is a number
+
+
+LOWEST = float(np.finfo(np.float64).min)
+AROUND = np.array([0, 0, 1, 1, 0, 0, 1, 1])
+
+
+def test_half_of_the_lowest_number_is_another() -> None:
+    behind = [node("Conv", ["x", "w"], ["a"]), node("Pad", ["a", "p", "low"], ["b"]), node("Mul", ["b", "half"])]
+    constants = {"w": normal(4, 4, 3, 3), "half": np.array(0.5), "p": AROUND, "low": np.array(LOWEST)}
+    check(model(behind, [2, 4, 6, 6], [2, 4, 6, 6], constants), normal(2, 4, 6, 6))
+    before = [node("Mul", ["x", "half"], ["a"]), node("Pad", ["a", "p", "low"], ["b"]), node("MaxPool", ["b"], ["c"])]
+    before[-1].attribute.append(helper.make_attribute("kernel_shape", [1, 1]))
+    check(model([*before, node("Conv", ["c", "w"])], [2, 4, 6, 6], [2, 4, 6, 6], constants), normal(2, 4, 6, 6))
+
+
+def test_nothing_of_an_unsigned_type_is_below_zero() -> None:
+    nodes = [node("Pad", ["x", "p"], ["a"]), node("MaxPool", ["a"], kernel_shape=[3, 3])]
+    info = [helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, [1, 2, 6, 6]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], [numpy_helper.from_array(AROUND, "p")])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    assert [one.op_type for one in fuser.optimize(proto).model.graph.node] == ["MaxPool"]
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_half_of_the_lowest_number_on_torch(traced: bool) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            low = torch.finfo(torch.float64).min
+            return nn.functional.pad(self.conv(x), (1, 1, 1, 1), value=low) * 0.5
+
+    module, x = Padded().double().eval(), torch.randn(2, 4, 6, 6).double()
+    result = fuser.optimize(module, example_inputs=None if traced else (x,), verify=False).model
+    torch.testing.assert_close(result(x), module(x), rtol=1e-12, atol=0)
+
+
+# -- a constant with one axis makes one of a scalar
+
+
+SCALARS = {
+    "squeezed": (
+        [node("Gemm", ["x", "w"], ["c"]), node("Squeeze", ["c"], ["p"]), node("Add", ["p", "k"])],
+        [1, 3],
+        [1],
+    ),
+    "added": ([node("Add", ["x", "k"], ["s"]), node("MatMul", ["s", "v"])], [], [4]),
+    "multiplied": ([node("Mul", ["x", "k"], ["s"]), node("MatMul", ["s", "v"])], [], [4]),
+    "reduced": (
+        [
+            node("Gemm", ["x", "w"], ["c"]),
+            node("ReduceMean", ["c", "axes"], ["p"], keepdims=0),
+            node("Mul", ["p", "k"]),
+        ],
+        [1, 3],
+        [1],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_scalars_that_get_an_axis(name: str) -> None:
+    nodes, x, y = SCALARS[name]
+    constants = {"w": normal(3, 1), "v": normal(1, 4), "k": np.array([2.0]), "axes": np.array([0, 1])}
+    proto = model(nodes, x, y, constants)
+    check(proto, np.asarray(normal(*x)))
+    assert fuser.optimize(proto).report.verification is None or fuser.optimize(proto).report.verification.passed
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("first", [False, True])
+def test_scalars_that_get_an_axis_on_torch(traced: bool, first: bool) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(1, 3) if first else nn.Linear(3, 1)
+            self.register_buffer("k", torch.tensor([2.0]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.linear(x * self.k) if first else self.linear(x).squeeze() * self.k
+            return y
+
+    module, x = Scaled().eval(), torch.tensor(3.0) if first else torch.randn(1, 3)
+    result = fuser.optimize(module, example_inputs=None if traced else (x,), verify=False).model
+    torch.testing.assert_close(result(x), module(x))
+
+
+@pytest.mark.parametrize("k", [np.float64(2), np.array([2.0])])
+def test_a_factor_beside_a_convolution_is_no_scalar_case(k: Any) -> None:
+    """Where the rank is not known, what makes the operand, or reads the result, may tell that there are axes."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.other = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)
+            self.register_buffer("k", torch.as_tensor(k))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(self.other(torch.relu(self.conv(x) * self.k) * self.k))
+
+    module = Scaled().double().eval()
+    assert len(fuser.optimize(module).report.applied) == 2
+
+
+# -- illegal models
+
+
+def test_a_sequence_of_a_scalar() -> None:
+    nodes = [node("SplitToSequence", ["x"], ["s"]), node("SequenceAt", ["s", "i"])]
+    infos = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, []) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], [numpy_helper.from_array(np.array(0), "i")])
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)])
+    assert not fuser.optimize(proto, verify=False).report.applied
+
+
+def test_an_output_that_nothing_makes() -> None:
+    proto = model([node("Relu", ["x"])], [2], [2], {})
+    proto.graph.output[0].name = "z"
+    with pytest.raises(fuser.InputError, match="nothing makes the graph output 'z'"):
+        fuser.explain(proto)
+
+
+@pytest.mark.parametrize("group", [0, 3])
+def test_groups_that_do_not_divide(group: int) -> None:
+    proto = model(
+        [node("Conv", ["x", "w"], ["c"]), node("Add", ["c", "x"])], ["N", 4, 5], ["N", 4, 5], {"w": normal(4, 4, 1)}
+    )
+    proto.graph.node[0].attribute.append(helper.make_attribute("group", group))
+    report = fuser.explain(proto)
+    assert not report.applied and not report.missed
+
+
+@pytest.mark.parametrize("opset", [6, None])
+def test_an_old_model_is_told(opset: int | None) -> None:
+    proto = model([node("Relu", ["x"])], [2], [2], {})
+    del proto.opset_import[:]
+    if opset:
+        proto.opset_import.append(helper.make_opsetid("", opset))
+    (warning,) = fuser.explain(proto).warnings
+    assert ("opset 6" if opset else "no opset") in warning and "version_converter" in warning
+
+
+# -- other
+
+
+def test_a_range_has_the_bits_of_the_runtime() -> None:
+    import onnxruntime as ort
+
+    nodes = [node("Range", ["from", "to", "step"], ["r"]), node("Add", ["x", "r"])]
+    numbers = {"from": np.float32(0), "to": np.float32(1), "step": np.float32(0.1)}
+    infos = [helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [10]) for name in ("x", "y")]
+    tensors = [numpy_helper.from_array(np.asarray(value), name) for name, value in numbers.items()]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", infos[:1], infos[1:], tensors),
+        opset_imports=[helper.make_opsetid("", 18)],
+        ir_version=8,
+    )
+    result = fuser.optimize(proto).model
+    assert [one.op_type for one in result.graph.node] == ["Add"]
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    zeros = {"x": np.zeros(10, np.float32)}
+    found = [ort.InferenceSession(one.SerializeToString(), options).run(None, zeros)[0] for one in (proto, result)]
+    np.testing.assert_array_equal(*found)
+
+
+def test_strided_branches_with_automatic_padding_of_one_size() -> None:
+    nodes = [
+        node("Conv", ["x", "w"], ["b"], auto_pad="SAME_UPPER", strides=[2, 2]),
+        node("Conv", ["x", "v"], ["c"], auto_pad="SAME_UPPER", strides=[2, 2]),
+        node("Add", ["b", "c"]),
+    ]
+    constants = {"w": normal(4, 3, 3, 3), "v": normal(4, 3, 1, 1)}
+    for size in (7, 8):
+        half = -(-size // 2)
+        result = check(model(nodes, [2, 3, size, size], [2, 4, half, half], constants), normal(2, 3, size, size))
+        assert [one.op_type for one in result.graph.node] == ["Conv"]
+    check(model(nodes, [2, 3, "h", "w"], [2, 4, "i", "j"], constants), normal(2, 3, 7, 8))
