@@ -207,6 +207,12 @@ def test_rounding_by_a_large_summand_stays(dtype: Any, before: onnx.NodeProto) -
     assert refused(proto, FOLD) == {"rounds": 2}
 
 
+def test_a_bias_that_is_taken_back_is_gone_in_the_same_run() -> None:
+    nodes = [node("MatMul", ["x", "m"], ["a"]), node("Add", ["a", "b"], ["s"]), node("Sub", ["s", "b"])]
+    tensors = {"m": RNG.standard_normal((4, 4)), "b": RNG.standard_normal((1, 4))}
+    assert op_types(applied(model(nodes, constants=tensors, dtype=DOUBLE, x=(3, 4)), FOLD).graph) == ["MatMul"]
+
+
 def test_a_large_summand_that_rounds_nothing_to_whole_numbers() -> None:
     proto = model(
         [conv("x", "c"), node("Add", ["c", "k"])], constants={"w": W.astype(np.float32), "k": np.float32(8e6)}

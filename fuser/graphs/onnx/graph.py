@@ -318,8 +318,10 @@ class OnnxGraph:
 
     def set_constants(self, op: Op, **arrays: Array | None) -> None:
         node: gs.Node = op.node
-        if isinstance(op, Conv | Linear) and self._resizes(op, arrays.get("weight")):
-            self._forget_width(op)
+        weight = arrays.get("weight")
+        if isinstance(op, Conv | Linear) and weight is not None and self._resizes(op, weight):
+            groups = op.groups if isinstance(op, Conv) and op.transposed else 1
+            self._set_width(op, weight.shape[op.out_axis] * groups)
         for field, array in arrays.items():
             if array is None:
                 self.wiring.truncate_inputs(node, OPERANDS[node.op][field])  # what is optional comes last
@@ -631,20 +633,20 @@ class OnnxGraph:
         for reader, position in readers:
             self.wiring.set_input(reader, position, value)
 
-    def _resizes(self, op: Conv | Linear, weight: Array | None) -> bool:
+    def _resizes(self, op: Conv | Linear, weight: Array) -> bool:
         """Whether the new weight makes another number of outputs."""
         old = self.shape(op.weight)
-        return weight is not None and (old is None or old[op.out_axis] != weight.shape[op.out_axis])
+        return old is None or old[op.out_axis] != weight.shape[op.out_axis]
 
-    def _forget_width(self, op: Conv | Linear) -> None:
+    def _set_width(self, op: Conv | Linear, channels: int) -> None:
         """What is stated of the number of channels of the op's output is no longer true."""
         axis = -1 if isinstance(op, Linear) else 1
         product = op.node.outputs[0]
         if product is not op.output:  # of a MatMul whose bias an Add adds
             fresh = self._rename_output(op.node)
             self.known.inherit(fresh, product)
-            self.known.forget_size(fresh, axis)
-        self.known.forget_size(op.output, axis)
+            self.known.set_size(fresh, axis, channels)
+        self.known.set_size(op.output, axis, channels)
 
     def _rename_output(self, node: gs.Node) -> gs.Tensor:
         """Under its old name, another shape may be declared than it has now."""
@@ -686,6 +688,7 @@ class OnnxGraph:
         stem = matmul.name or output.name
         product = gs.Variable(self._fresh(f"{output.name}_product"))
         self.wiring.set_output(matmul, output, product)
+        self.known.inherit(product, output)
         bias = self._new_constant(scope, f"{stem}.bias", array, matmul)
         add = gs.Node("Add", self._fresh(f"{stem}_bias"))
         self.wiring.insert(add, after=matmul)

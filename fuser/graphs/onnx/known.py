@@ -203,12 +203,12 @@ class KnownValues:
         """What an edit knows of a new value."""
         self._inferred()[id(tensor)] = element_type or TensorProto.UNDEFINED, shape
 
-    def forget_size(self, tensor: gs.Tensor, axis: int) -> None:
+    def set_size(self, tensor: gs.Tensor, axis: int, size: int) -> None:
         """The size of one axis of `tensor` is no longer what was inferred."""
         element_type, shape = self._inferred().get(id(tensor), (0, None))
         if shape:
             sizes = list(shape)
-            sizes[axis] = None
+            sizes[axis] = size
             self._inferred()[id(tensor)] = element_type, tuple(sizes)
 
     # -- one sweep at the start
