@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from onnx_models import batch_norm, body, conv, conv_constants, model, node, op_types
 
 import fuser
@@ -315,6 +316,25 @@ def function_model() -> onnx.ModelProto:
     inner[1].input.append("w")
     function = helper.make_function("custom", "Block", ["a"], ["c"], inner, [helper.make_opsetid("", 17)])
     return model([helper.make_node("Block", ["x"], ["y"], domain="custom")], functions=[function])
+
+
+def test_in_a_function_a_new_node_may_need_another_one_before_it() -> None:
+    """A product gets a bias, which is a new Add, and then another bias for that."""
+    inner = [node("Constant", [], ["w"], value=numpy_helper.from_array(np.ones((4, 4), np.float32)))]
+    function = helper.make_function(
+        "custom", "Block", ["a"], ["c"], [*inner, node("MatMul", ["a", "w"], ["c"])], [helper.make_opsetid("", 17)]
+    )
+    block = helper.make_node("Block", ["x"], ["y"], domain="custom")
+    graph = graph_of(model([block], functions=[function], x=(2, 4)))
+    for number in (1, 2):
+        graph.set_constants(the(graph, ops.Linear), bias=np.full(4, number, np.float32))
+    graph.commit()
+    after = graph.to_model().to_proto()
+    onnx.checker.check_model(after, full_check=True)
+    kinds = [n.op_type for n in after.functions[0].node]
+    assert kinds == ["Constant", "MatMul", "Constant", "Add"]
+    (y,) = ReferenceEvaluator(after).run(None, {"x": np.zeros((2, 4), np.float32)})  # type: ignore[misc]
+    np.testing.assert_array_equal(y, np.full((2, 4), 2))
 
 
 def test_in_a_function_a_new_constant_is_a_node() -> None:

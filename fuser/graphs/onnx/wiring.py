@@ -64,9 +64,15 @@ class Scope:
     def nodes(self) -> Iterator[gs.Node]:
         """The editor's nodes with the new ones in their places."""
         for node in self.editor.nodes:
-            yield from self.before.get(id(node), ())
-            yield node
-            yield from self.after.get(id(node), ())
+            yield from self._with_new(node)
+
+    def _with_new(self, node: gs.Node) -> Iterator[gs.Node]:
+        """The node between the new ones beside it, which may have new ones beside them."""
+        for new in self.before.get(id(node), ()):
+            yield from self._with_new(new)
+        yield node
+        for new in self.after.get(id(node), ()):
+            yield from self._with_new(new)
 
     def settle(self) -> None:
         """Let the editor have the new nodes."""
