@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -32,6 +32,7 @@ from fuser.ops import (
     Reduction,
     Reshape,
     Resize,
+    Slice,
     Transpose,
     Value,
 )
@@ -55,6 +56,13 @@ class Take:
     op: Conv | Linear
     affine: ChannelAffine
     after: bool
+
+    def with_(self, other: Take | None) -> Take:
+        """Both: two maps come together in a concatenation, and work on different channels of it."""
+        if other is None:
+            return self
+        channels = max(self.affine.channels, other.affine.channels)
+        return replace(self, affine=self.affine.sized(channels).then(other.affine.sized(channels)))
 
 
 Takes: TypeAlias = list[Take] | Missed
@@ -181,6 +189,8 @@ class Walker:
                 return m if m.axis is None else m.along(op.permutation[m.axis])
             case Reshape():
                 return self._through_reshape(op, op.output, op.input, m)
+            case Slice():
+                return self._through_slice(op, m, behind=False)
             case Reduction(function="mean" | "max"):
                 axis = None if m.axis is None else op.axis_before(m.axis)
                 return self._refused(op, m, m.axis is None or axis is not None) or m.along(axis or 0)
@@ -283,18 +293,22 @@ class Walker:
         readers = element_readers(self.graph, value)
         if not readers or depth > MAX_BRANCHES:
             return Missed("no-linear", f"nothing reads {self.graph.describe(value)} that could take it")
-        takes: list[Take] = []
+        takes: dict[int, Take] = {}
+        joins: set[int] = set()
         for reader in readers:
+            if isinstance(reader.op, Concat):
+                if id(reader.op.node) in joins:  # it was seen with all that it joins of this value
+                    continue
+                joins.add(id(reader.op.node))
             found = self._into_reader(value, reader.name, reader.op, m, depth)
             if isinstance(found, Missed):
                 return found
-            takes += found
-        if len({id(take.op.node) for take in takes}) < len(takes):
-            return Missed("no-linear", f"one reader of {self.graph.describe(value)} takes it twice")
-        bare = [take for take in takes if isinstance(take.op, Linear) and take.op.bias is None]
+            for take in found:
+                takes[id(take.op.node)] = take.with_(takes.get(id(take.op.node)))
+        bare = [take for take in takes.values() if isinstance(take.op, Linear) and take.op.bias is None]
         if len(bare) > 1 and m.affine.shift.any():
             return Missed("grows", f"{len(bare)} matrix products without a bias would each need one")
-        return takes
+        return list(takes.values())
 
     def _into_reader(self, value: Value, name: str, op: Op | None, m: Map, depth: int) -> Takes:
         if isinstance(op, Concat) and not op.hooked:
@@ -321,6 +335,8 @@ class Walker:
                 return m if m.axis is None else m.along(op.permutation.index(m.axis % len(op.permutation)))
             case Reshape():
                 return self._through_reshape(op, op.input, op.output, m)
+            case Slice():
+                return self._through_slice(op, m, behind=True)
             case Reduction(function="mean" | "max"):
                 axis = None if m.axis is None else op.axis_behind(m.axis)
                 return self._refused(op, m, m.axis is None or axis is not None) or m.along(axis or 0)
@@ -481,6 +497,26 @@ class Walker:
                 "" if known else GIVE_SHAPES,
             )
         return moved
+
+    def _through_slice(self, op: Slice, m: Map, *, behind: bool) -> Map | Missed:
+        """The map of what is taken, or of what it is taken from: there it does nothing to what is left out."""
+        if m.axis is None:
+            return m
+        name, rank = self.graph.describe(op), self.graph.rank(op.input)
+        if rank is None:
+            return _unknown_rank(name)
+        taken = next((one for one in op.ranges if one.axis % rank == m.axis % rank), None)
+        if taken is None:
+            return m
+        size = self._size(op.input, m.axis)
+        if not isinstance(size, int):
+            return Missed("axis-mismatch", f"the size of which {name} takes a range is not known", GIVE_SHAPES)
+        places = np.arange(size)[taken.start : taken.end : taken.step]
+        channels = size if behind else places.size
+        if m.affine.channels not in (1, channels):
+            return _misfit(name, channels, m.affine)
+        affine = m.affine.sized(channels)
+        return m.along(m.axis, affine.take(places) if behind else affine.among(size, places))
 
     def _kept_axis(self, op: Reshape, source: Value, target: Value, m: Map) -> Map | None:
         """The map along an axis that the reshape leaves as it is; for that no sizes have to be known."""

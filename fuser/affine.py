@@ -81,6 +81,12 @@ class ChannelAffine:
         """The map whose channel i is channel `channels[i]` of this one."""
         return ChannelAffine(self.scale[channels], self.shift[channels])
 
+    def among(self, channels: int, places: Array) -> ChannelAffine:
+        """The map on so many channels whose channel `places[i]` is channel i of this one; the others stay alone."""
+        scale, shift = np.ones(channels), np.zeros(channels)
+        scale[places], shift[places] = self.scale, self.shift
+        return ChannelAffine(scale, shift)
+
     def split(self, sizes: Sequence[int]) -> list[ChannelAffine]:
         """The maps of consecutive runs of channels."""
         ends = np.cumsum(sizes)

@@ -7,7 +7,8 @@
     t = bias - mean * s
 
 W is a convolution (transposed, grouped, of any rank) or a matrix product; on the way the map passes through
-identities, reshapes and transposes where its axis can be proven, averages, maxima, paddings, sums and concatenations.
+identities, reshapes and transposes where its axis can be proven, slices, averages, maxima, paddings, sums and
+concatenations.
 
 Refusals:
     training-mode     it normalizes with the statistics of the batch

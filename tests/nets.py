@@ -181,6 +181,23 @@ def pooled_twice() -> nn.Module:
     )
 
 
+def sliced(take: Callable[[Tensor], Tensor]) -> Callable[[], nn.Module]:
+    """A BatchNorm of a part of what a convolution makes."""
+    return lambda: Net(
+        lambda m, x: torch.relu(m.norm(take(m.conv(x)))), conv=nn.Conv2d(4, 9, 3), norm=nn.BatchNorm2d(6)
+    )
+
+
+def focused() -> nn.Module:
+    """Every second pixel of the normalized image, four times, side by side: the first layer of YOLOv5."""
+
+    def wiring(m: Net, x: Tensor) -> Tensor:
+        y = m.norm(torch.relu(x))
+        return m.conv(torch.cat([y[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], 1))
+
+    return Net(wiring, norm=nn.BatchNorm2d(4), conv=nn.Conv2d(16, 6, 3))
+
+
 UNSCALED = nn.BatchNorm2d(6, affine=False)
 """All of its factors are positive."""
 
@@ -267,6 +284,11 @@ CASES: dict[str, Case] = {
         {"Decomposed": {"no-linear": 1}},  # it is sums of what it gathers there
     ),
     "pooled-twice": Case(pooled_twice, (2, 4, 8, 8), {"applied": 1}, {"Traced": {"axis-mismatch": 1}}),
+    "sliced-channels": Case(sliced(lambda y: y[:, 2:8]), (2, 4, 8, 8), {"applied": 1}, {"Traced": {"no-linear": 1}}),
+    "sliced-image": Case(
+        sliced(lambda y: y[:, -6:, 1:-1, ::2]), (2, 4, 8, 8), {"applied": 1}, {"Traced": {"no-linear": 1}}
+    ),
+    "focused": Case(focused, (2, 4, 8, 8), {"applied": 1}, {"Traced": {"no-linear": 1}}),
     "broadcast-sum": Case(broadcast_sum, (2, 4, 8, 8), {"applied": 1}),
     "max-pooled": Case(
         lambda: nn.Sequential(nn.Conv2d(4, 6, 3), nn.MaxPool2d(3, 2, 1), copy.deepcopy(UNSCALED), nn.ReLU()),

@@ -168,15 +168,85 @@ def test_a_table_of_embeddings_is_not_copied(turned: bool, monkeypatch: pytest.M
     assert refused(proto, FoldAffine()) == {"grows": 1}
 
 
-def test_a_reader_that_takes_it_twice_is_left_alone() -> None:
+JOINED = {
+    "twice": [node("Concat", ["n", "n"], ["j"], axis=1)],
+    "by-two-ways": [node("Identity", ["n"], ["i"]), node("Concat", ["n", "i"], ["j"], axis=1)],
+    "nested": [node("Concat", ["n", "q"], ["i"], axis=1), node("Concat", ["i", "n"], ["j"], axis=1)],
+}
+
+
+@pytest.mark.parametrize("name", JOINED)
+def test_a_reader_that_takes_it_more_than_once(name: str) -> None:
+    joined = [node("Relu", ["x"], ["r"]), batch_norm("r", "n"), node("Tanh", ["x"], ["q"]), *JOINED[name]]
+    channels = 12 if name == "nested" else 8
+    wide = np.random.default_rng(3).standard_normal((2, channels, 3, 3))
+    kept = joined if name == "nested" else [one for one in joined if one.op_type != "Tanh"]
+    proto = model([*kept, conv("j", "y", "wide")], constants={**constants(), "wide": wide}, dtype=DOUBLE)
+    assert "BatchNormalization" not in op_types(applied(proto, FOLD, bound=1e-11).graph)
+
+
+RANGES = [
+    (1, 1, 3, 1),
+    (1, 0, 9, 2),
+    (-3, -3, -1, 1),
+    (1, 3, -9, -1),
+    (1, 3, 0, -2),
+    (2, 1, 5, 2),
+    (-1, 2, 2**63 - 1, 1),
+]
+"""(axis, start, end, step)"""
+
+
+@pytest.mark.parametrize("behind", [False, True])
+@pytest.mark.parametrize("taken", RANGES)
+def test_through_a_slice(taken: tuple[int, ...], behind: bool) -> None:
+    axis, start, end, step = taken
+    bounds = {
+        name: np.array([value]) for name, value in zip(("s", "e", "a", "t"), (start, end, axis, step), strict=True)
+    }
+    size = len(range(4)[start:end:step]) if axis in (1, -3) else 4
+    cut = ["s", "e", "a", "t"]
+    tensors = {**constants(), **bounds}
+    if behind:
+        tensors["v"] = np.random.default_rng(5).standard_normal((3, size, 1, 1))
+        nodes = [
+            node("Relu", ["x"], ["r"]),
+            batch_norm("r", "n"),
+            node("Slice", ["n", *cut], ["c"]),
+            conv("c", "y", "v"),
+        ]
+    else:
+        tensors |= {name: tensors[name][:size] for name in ("gamma", "beta", "mean", "var")}
+        nodes = [conv("x", "d"), node("Slice", ["d", *cut], ["c"]), batch_norm()]
+    result = applied(model(nodes, constants=tensors, dtype=DOUBLE), FOLD, bound=1e-11)
+    assert "BatchNormalization" not in op_types(result.graph)
+
+
+def test_two_slices_that_are_read_by_one() -> None:
+    """Each takes its half of the map; what is left out of a half is left alone."""
+    halves = {"zero": np.array([0]), "two": np.array([2]), "four": np.array([4]), "one": np.array([1])}
     nodes = [
         node("Relu", ["x"], ["r"]),
         batch_norm("r", "n"),
-        node("Concat", ["n", "n"], ["j"], axis=1),
-        conv("j", "y", "wide"),
+        node("Slice", ["n", "zero", "two", "one"], ["a"]),
+        node("Slice", ["n", "two", "four", "one"], ["b"]),
+        node("Concat", ["b", "a"], ["j"], axis=1),
+        conv("j", "y"),
     ]
-    proto = model(nodes, constants={**constants(), "wide": np.ones((2, 8, 3, 3))}, dtype=DOUBLE)
-    assert refused(proto, FOLD) == {"no-linear": 1}
+    result = applied(model(nodes, constants={**constants(), **halves}, dtype=DOUBLE), FOLD, bound=1e-11)
+    assert op_types(result.graph) == ["Relu", "Slice", "Slice", "Concat", "Conv"]
+
+
+def test_a_slice_of_an_unknown_size_is_not_followed() -> None:
+    nodes = [
+        node("Relu", ["x"], ["r"]),
+        batch_norm("r", "n"),
+        node("Slice", ["n", "s", "e", "a"], ["c"]),
+        conv("c", "y"),
+    ]
+    bounds = {"s": np.array([0]), "e": np.array([4]), "a": np.array([1])}
+    proto = model(nodes, x=("N", "C", 8, 8), constants={**constants(), **bounds}, dtype=DOUBLE)
+    assert refused(proto, FOLD) == {"axis-mismatch": 1}
 
 
 def test_looking_changes_nothing() -> None:

@@ -259,11 +259,20 @@ def _alias(call: Call) -> ops.Op:
 
 
 def _slice(call: Call) -> ops.Op:
-    """`x[:]`: a slice that leaves nothing out."""
-    start, end, step = (call.static(name) for name in ("start", "end", "step"))
-    if start not in (None, 0) or step != 1:
+    """An Identity where it leaves nothing out."""
+    value, axis, step = call.required("self"), call.static("dim"), call.static("step")
+    start, end = call.static("start") or 0, call.static("end")
+    end = _TO_THE_END if end is None else end
+    shape = call.graph.shape(value)
+    is_same = shape is not None and None not in shape and shape == call.graph.shape(call.node)
+    if (start, step) == (0, 1) and (end == _TO_THE_END or is_same):
+        return _alias(call)
+    if not all(isinstance(number, int) for number in (axis, start, end, step)):
         raise Unreadable
-    return _alias(call) if end is None or end == 2**63 - 1 else _expand(call)
+    return ops.Slice(call.node, call.node, value, (ops.Range(axis, start, end, step),))
+
+
+_TO_THE_END = 2**63 - 1
 
 
 def _copy(call: Call) -> ops.Op:
@@ -470,7 +479,7 @@ READERS: dict[str, tuple[type[ops.Op], Reader]] = {
     **dict.fromkeys(("add_", "sub_", "mul_", "div_"), (ops.Elementwise, _elementwise)),
     **dict.fromkeys(("dropout", "feature_dropout", "alpha_dropout"), (ops.Identity, _dropout)),
     "alias": (ops.Identity, _alias),
-    "slice": (ops.Identity, _slice),
+    "slice": (ops.Slice, _slice),
     "expand": (ops.Identity, _expand),
     **dict.fromkeys(("clone", "contiguous", "to", "_to_copy"), (ops.Identity, _copy)),
     **dict.fromkeys(("view", "_unsafe_view", "reshape", "unflatten"), (ops.Reshape, _reshape)),
