@@ -228,16 +228,22 @@ def _in_float64() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed(module: torch.nn.Module) -> Iterator[None]:
-    """Restore buffers that a module in training mode updates in place."""
-    training = any(part.training for part in module.modules())
-    saved = {name: buffer.clone() for name, buffer in module.named_buffers()} if training else {}
+    """Restore what a module may write at a call: buffers, and tensors that it merely holds."""
+    saved = [
+        (holder, name, tensor, tensor.clone())
+        for part in module.modules()
+        for holder in (part._buffers, vars(part))
+        for name, tensor in holder.items()
+        if isinstance(tensor, torch.Tensor)
+    ]
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, buffer in module.named_buffers():
-                if name in saved:
-                    buffer.copy_(saved[name])
+            for holder, name, tensor, was in saved:
+                holder[name] = tensor
+                if not torch.equal(tensor, was):
+                    tensor.copy_(was)
 
 
 def _output_names(returned: Any) -> list[str]:

@@ -229,7 +229,7 @@ def bind(node: fx.Node, of: Signature) -> dict[str, Any] | None:
     """The arguments of the call by name, defaults filled in; None where the call does not fit."""
     args = tuple(node.args)
     is_spread = node.op == "call_method" and node.target in _VARIADIC and len(args) > 1
-    if is_spread and not isinstance(args[1], (list, tuple)):
+    if is_spread and not isinstance(args[1], (list, tuple, torch.dtype)):
         args = (args[0], list(args[1:]))
     if len(args) > len(of.parameters):
         return None

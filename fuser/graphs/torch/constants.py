@@ -14,7 +14,7 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fuser.graphs.torch.purity import is_deterministic, written_operands
+from fuser.graphs.torch.purity import is_deterministic, is_fresh, updated_buffers, written_operands
 from fuser.graphs.torch.values import is_readable
 
 MAX_ELEMENTS = 2**28
@@ -39,14 +39,18 @@ class Constants:
         self._origin = origin
         self._known: dict[fx.Node, bool] = {}
         self._written: set[int] = set()
+        self._dirty: set[fx.Node] = set()
         self.seen: dict[int, torch.Tensor] = {}
         nodes = list(nodes)
         for node in nodes:
             self._known[node] = self._is_known(node)
         written = [operand for node in nodes for operand in written_operands(node, module(node))]
-        leaves = {leaf for operand in written if self._known[operand] for leaf in self.leaves(operand)}
-        if leaves:
-            self._written = {id(self._tensor(leaf)) for leaf in leaves}
+        written = [operand for operand in written if self._known[operand]]
+        leaves = {leaf for operand in written for leaf in self.leaves(operand)}
+        self._written = {memory(self._tensor(leaf)) for leaf in leaves}
+        self._written.update(memory(buffer) for node in nodes for buffer in updated_buffers(module(node)))
+        self._dirty = self._sharing(written)
+        if self._written or self._dirty:
             for node in nodes:
                 self._known[node] = self._is_known(node)
 
@@ -59,7 +63,20 @@ class Constants:
 
     def is_written(self, tensor: torch.Tensor) -> bool:
         """Whether the graph writes into the tensor, so that it changes from run to run."""
-        return id(tensor) in self._written
+        return memory(tensor) in self._written
+
+    def _sharing(self, written: Iterable[fx.Node]) -> set[fx.Node]:
+        """Known expressions that may be, or show, memory that is written: what was made on the way, and its views."""
+        pending = [node for node in written if self._origin(node) is None]
+        found = set(pending)
+        while pending:
+            node = pending.pop()
+            sources = [] if is_fresh(node, None) else node.all_input_nodes
+            views = [user for user in node.users if not is_fresh(user, None)]
+            near = [other for other in (*sources, *views) if self._known.get(other) and self._origin(other) is None]
+            pending += [other for other in near if other not in found]
+            found.update(near)
+        return found
 
     def learn(self, node: fx.Node) -> None:
         """Look again at a node whose operands have changed, and at what depends on it."""
@@ -138,14 +155,20 @@ class Constants:
     def _is_known(self, node: fx.Node) -> bool:
         origin = self._origin(node)
         if isinstance(origin, torch.Tensor):
-            return is_readable(origin) and id(origin) not in self._written
+            return is_readable(origin) and memory(origin) not in self._written
         if isinstance(origin, fx.Node):
             return self._known.get(origin, False)
         return (
-            all(self._known.get(operand, False) for operand in node.all_input_nodes)
+            node not in self._dirty
+            and all(self._known.get(operand, False) for operand in node.all_input_nodes)
             and is_deterministic(node)
             and _is_affordable(node)
         )
+
+
+def memory(tensor: torch.Tensor) -> int:
+    """Where its elements are; equal for views of one another."""
+    return tensor.untyped_storage().data_ptr() or id(tensor)
 
 
 def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

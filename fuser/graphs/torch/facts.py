@@ -163,6 +163,7 @@ class Facts:
             self._flatten(node, data, given["start_dim"], given["end_dim"])
         elif name in ("view", "reshape"):
             sizes = given.get("size", given.get("shape"))
+            dtype = sizes if isinstance(sizes, torch.dtype) else dtype
             self._learn(node, Bounds(len(sizes), len(sizes)) if isinstance(sizes, (list, tuple)) else Bounds(), dtype)
         elif name in ("view_as", "reshape_as") and isinstance(given["other"], fx.Node):
             self._relate(node, given["other"], 0, dtype)

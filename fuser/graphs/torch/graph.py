@@ -20,7 +20,7 @@ from fuser.graph import Array, Dim, Reader, Summary
 from fuser.graphs.torch.calls import aten, bind, signature, write
 from fuser.graphs.torch.captured import CapturedCarrier
 from fuser.graphs.torch.carriers import Carrier, ModuleCarrier, ProgramCarrier, attribute
-from fuser.graphs.torch.constants import Constants
+from fuser.graphs.torch.constants import Constants, memory
 from fuser.graphs.torch.copy import Copier
 from fuser.graphs.torch.costs import multiply_adds
 from fuser.graphs.torch.duplicates import duplicate_nodes
@@ -224,6 +224,8 @@ class TorchGraph:
             return False
         if _is_output(op.output) and (by.op in ("placeholder", "get_attr") or _is_output(by)):
             return False
+        if self._needs_strides(op, by):
+            return False
         return self._may_share(op.output, by) and self._relaid(op.output, by) is not None
 
     def is_stable(self, value: Value) -> bool:
@@ -421,7 +423,7 @@ class TorchGraph:
         value = self._constants.value(node)
         like = self._constants.tensors(node)
         tensor = value.detach()
-        if _memory(tensor) in map(_memory, like) and tensor.nbytes != tensor.untyped_storage().nbytes():
+        if memory(tensor) in map(memory, like) and tensor.nbytes != tensor.untyped_storage().nbytes():
             tensor = tensor.clone()  # a slice would keep the whole alive; a transposed weight may share its memory
         constant = new_constant(self._wiring, self._constants, node, node.name, as_parameter(tensor, like))
         users = list(node.users)
@@ -610,6 +612,14 @@ class TorchGraph:
             return {} if have_one_layout(old, new) else self._wiring.meta.relaid(output, new)
         return {} if self._is_dense(by) or not self._is_dense(output) or not self._has_views else None
 
+    def _needs_strides(self, op: Op, by: fx.Node) -> bool:
+        """Whether a `view` would be one of what the caller gives, in whatever layout: `op` may have copied that."""
+        if op.node.target in _STRIDED or not any(user.target in _STRIDED for user in op.output.users):
+            return False
+        while isinstance(moved := self.read(by), (Identity, Movement)):
+            by = moved.input
+        return by.op == "placeholder" and self._wiring.origin(by) is None
+
     def _is_laid_out_alike(self, a: fx.Node, b: fx.Node) -> bool:
         """Whether an operator lays out its result after the one as after the other."""
         x, y = a.meta.get("val"), b.meta.get("val")
@@ -655,10 +665,6 @@ def _dim(size: int | torch.SymInt) -> Dim:
         return size
     number: int | None = size.node.maybe_as_int()
     return str(size) if number is None else number
-
-
-def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
 
 
 def _is_output(value: fx.Node) -> bool:

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 
+from fuser.graphs.torch.calls import bind, signature
+
 _LANGUAGE = ("_operator", "math", "builtins")
 _IN_PLACE_OPERATORS = frozenset(
     getattr(operator, name) for name in dir(operator) if name[0] == "i" and hasattr(operator, f"__{name[1:]}__")
@@ -24,6 +26,8 @@ _IN_PLACE_OPERATORS = frozenset(
 _UNINITIALIZED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _CASTS = frozenset({"float", "double", "half", "bfloat16", "long", "int", "short", "char", "byte", "bool"})
 """Methods that are `to` under another name."""
+_DRAWN_IN_PYTHON = "fractional_max_pool"
+"""The operators of that name are given random numbers; the functions draw them."""
 _AUTOGRAD_ONLY = frozenset({"detach_"})
 """In place for autograd; the numbers stay."""
 
@@ -50,7 +54,21 @@ def _written(node: fx.Node, module: nn.Module | None) -> Iterator[Any]:
         yield from _written_by_function(node)
 
 
+def _running_statistics(node: fx.Node) -> Iterator[Any]:
+    """What a normalization writes that uses the statistics of its input; its schema does not say so."""
+    found = signature(node)
+    given = None if found is None or not found.name.endswith(_NORMS) else bind(node, found)
+    if given is not None and any(given.get(name, False) is not False for name in ("training", "use_input_stats")):
+        yield from (given.get(name) for name in ("running_mean", "running_var"))
+    elif _known_name(node).endswith(_NORMS) and (found is None or given is None):
+        yield from node.all_input_nodes  # called in a way that is not known
+
+
+_NORMS = ("batch_norm", "instance_norm")
+
+
 def _written_by_function(node: fx.Node) -> Iterator[Any]:
+    yield from _running_statistics(node)
     target: Any = node.target
     if isinstance(target, OpOverload):
         if target._schema.is_mutable and target._opname not in _AUTOGRAD_ONLY:
@@ -122,6 +140,7 @@ def is_deterministic(node: fx.Node) -> bool:
             and target._opname not in _UNINITIALIZED
             and torch.Tag.nondeterministic_seeded not in target.tags
             and (target._opname in _AUTOGRAD_ONLY or not node.is_impure())
+            and not written_operands(node, None)
         )
     if not is_known_function(target) or any(True for _ in written_operands(node, None)):
         return False
@@ -134,10 +153,15 @@ def is_deterministic(node: fx.Node) -> bool:
 def _is_deterministic_name(name: str) -> bool:
     """Whether the method or function of this name is a pure ATen operator."""
     packet = getattr(torch.ops.aten, name, None)
-    if packet is None or name in _UNINITIALIZED or _is_in_place_name(name):
+    if packet is None or name in _UNINITIALIZED or _is_in_place_name(name) or name.startswith(_DRAWN_IN_PYTHON):
         return False
     overloads = [getattr(packet, overload) for overload in packet.overloads()]
     return all(torch.Tag.nondeterministic_seeded not in overload.tags for overload in overloads)
+
+
+def updated_buffers(module: nn.Module | None) -> list[torch.Tensor]:
+    """The buffers that a call of the module may write by itself: in training mode normalizations keep statistics."""
+    return [] if module is None or not module.training else list(module.buffers())
 
 
 def can_be_dropped(node: fx.Node, module: nn.Module | None) -> bool:

@@ -284,9 +284,9 @@ def _copy(call: Call) -> ops.Op:
 
 
 def _reshape(call: Call) -> ops.Op:
-    if call.arguments.get("dtype") is not None:  # view(dtype) reinterprets the bits
-        raise Unreadable
     sizes = call.arguments.get("shape", call.arguments.get("size"))
+    if call.arguments.get("dtype") is not None or isinstance(sizes, torch.dtype):  # view(dtype) reinterprets the bits
+        raise Unreadable
     absolute = call.name in ("view", "reshape", "_unsafe_view") and isinstance(sizes, (list, tuple))
     return ops.Reshape(call.node, call.node, call.required("self"), absolute=absolute)
 

@@ -1,0 +1,230 @@
+"""Small modules on which a rewrite, or the check of it, was once wrong: results and state stay as they are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fuser
+
+
+def optimized(module: nn.Module, x: Tensor, how: str) -> Any:
+    """The optimized module: traced, captured, or an exported program."""
+    if how == "traced":
+        return fuser.optimize(module, verify=False).model
+    if how == "captured":
+        return fuser.optimize(module, example_inputs=(x,), verify=False).model
+    return fuser.optimize(torch.export.export(module, (x,)), verify=False).model.module()
+
+
+WAYS = pytest.mark.parametrize("how", ["traced", "captured", "exported"])
+
+
+def check(module: nn.Module, how: str, calls: int = 3) -> None:
+    """Call after call the same results, and the same state behind."""
+    module = module.double().eval()
+    reference, generator = copy.deepcopy(module), torch.Generator().manual_seed(2)
+    found = optimized(module, torch.ones(3, 4).double(), how)
+    for _ in range(calls):
+        x = torch.randn(3, 4, generator=generator).double()
+        torch.testing.assert_close(found(x), reference(x), rtol=1e-12, atol=1e-12)
+
+
+# -- the check leaves no trace
+
+
+class Counting(nn.Module):
+    """It counts its calls in a buffer, and in a tensor that is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        y: Tensor = self.norm(self.linear(x)) * self.calls
+        return y
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_the_state_of_the_module_is_not_touched(train: bool) -> None:
+    module, x = Counting().eval(), torch.randn(3, 4)
+    module.norm.train(train)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    result = fuser.optimize(module, example_inputs=(x,))
+    for state in (module.state_dict(), result.model.state_dict()):
+        for name in state.keys() & before.keys():
+            torch.testing.assert_close(state[name], before[name], rtol=0, atol=0)
+    assert result.report.verification is None or result.report.verification.passed
+
+
+def test_the_state_is_not_touched_by_an_export(tmp_path: Any) -> None:
+    module = Counting().eval()
+    fuser.export(module, (torch.randn(3, 4),), tmp_path / "model.onnx")
+    assert float(module.calls) == 0
+
+
+# -- statistics that are updated
+
+
+class Statistics(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("var", torch.ones(4))
+
+    def update(self, x: Tensor) -> Tensor:
+        return F.batch_norm(x, self.mean, self.var, training=True)
+
+
+class UsedAfterwards(Statistics):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.update(x)
+        return F.batch_norm(self.linear(x), self.mean, self.var) + y
+
+
+class UpdatedTwice(Statistics):
+    def forward(self, x: Tensor) -> Any:
+        return self.update(x) + self.update(x), self.mean * 1
+
+
+class UpdatedOnly(Statistics):
+    def forward(self, x: Tensor) -> Tensor:
+        self.update(x)
+        return x - self.mean
+
+
+class OfAModule(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def train(self, mode: bool = True) -> OfAModule:
+        super().train(mode)
+        self.norm.train()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        z: Tensor = (self.linear(x) - self.norm.running_mean) / self.norm.running_var + y
+        return z
+
+
+@WAYS
+@pytest.mark.parametrize("kind", [UsedAfterwards, UpdatedTwice, UpdatedOnly, OfAModule])
+def test_statistics_that_are_updated_are_no_constants(kind: Any, how: str) -> None:
+    torch.manual_seed(0)
+    check(kind(), how)
+
+
+# -- memory that is written
+
+
+class WrittenZeros(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(4, 4), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = torch.zeros(4, dtype=x.dtype) if self.kind != "arange" else torch.arange(4, dtype=x.dtype)
+        if self.kind == "accumulated":
+            t.add_(x.sum(0))
+        elif self.kind == "a-row":
+            t[1:] = x[0, 1:]
+        else:
+            t[1] = 3
+        y: Tensor = self.linear(x) * 1.5 + t
+        return y
+
+
+@pytest.mark.parametrize("how", ["captured", "exported"])
+@pytest.mark.parametrize("kind", ["one", "arange", "a-row", "accumulated"])
+def test_constants_that_are_written_are_none(kind: str, how: str) -> None:
+    check(WrittenZeros(kind), how)
+
+
+class TwoNames(nn.Module):
+    """A cache, and a view of it under another name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("a", torch.zeros(4, dtype=torch.float64))
+        self.register_buffer("b", self.a[:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.a.add_(1)
+        y: Tensor = self.linear(x) * self.b
+        return y
+
+
+@pytest.mark.parametrize("how", ["captured", "exported"])
+def test_one_memory_under_two_names(how: str) -> None:
+    torch.manual_seed(0)
+    module = TwoNames()
+    module.linear.double()
+    x = torch.randn(3, 4).double()
+    program = torch.export.export(module, (x,))
+    given: Any = module if how == "captured" else program
+    more = {"example_inputs": (x,)} if how == "captured" else {}
+    report = fuser.explain(given, **more)
+    assert not [remark for remark in report.applied if remark.pass_name == "fold-affine"]
+
+
+# -- views
+
+
+class Bits(nn.Module):
+    """`view` of another type shows other numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return x.view(torch.int32).view(-1) * 2, self.linear(x).view(torch.int32) + 1
+
+
+def test_a_view_of_the_bits_is_no_reshape() -> None:
+    module, x = Bits().eval(), torch.randn(3, 4)
+    result = fuser.optimize(module)
+    assert not result.report.applied
+    for found, expected in zip(result.model(x), module(x), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+class Flat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1).view(-1) * 2
+
+
+@WAYS
+def test_a_view_of_what_is_given_has_to_fit_any_layout(how: str) -> None:
+    x = torch.randn(2, 3, 4, 4)
+    y = x.contiguous(memory_format=torch.channels_last)
+    module = Flat().eval()
+    found = optimized(module, x, how)
+    for given in (x, y):
+        torch.testing.assert_close(found(given), module(given), rtol=0, atol=0)
+
+
+# -- random numbers
+
+
+def test_two_random_pools_are_two() -> None:
+    class Pools(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            first, second = (F.fractional_max_pool2d(x, 2, output_size=4) for _ in range(2))
+            return first - second
+
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 9, 9)))
+    torch.manual_seed(0)
+    assert float(fuser.optimize(Pools().eval()).model(x).abs().max()) > 0
