@@ -347,3 +347,18 @@ def test_strided_branches_with_automatic_padding_of_one_size() -> None:
         result = check(model(nodes, [2, 3, size, size], [2, 4, half, half], constants), normal(2, 3, size, size))
         assert [one.op_type for one in result.graph.node] == ["Conv"]
     check(model(nodes, [2, 3, "h", "w"], [2, 4, "i", "j"], constants), normal(2, 3, 7, 8))
+
+
+def test_what_training_updates_is_no_constant() -> None:
+    nodes = [node("Conv", ["x", "w"], ["c"]), node("Mul", ["c", "k"])]
+    proto = model(nodes, ["N", 3, 5], ["N", 4, 5], {"w": normal(4, 3, 1), "k": np.array(2.0)})
+    training = proto.training_info.add()
+    training.update_binding.add(key="w", value="w_new")
+    step = node("Mul", ["w", "k"], ["w_new"])
+    training.algorithm.CopyFrom(helper.make_graph([step], "step", [], [onnx.ValueInfoProto(name="w_new")]))
+    before = proto.SerializeToString(deterministic=True)
+    for freeze in (False, True):
+        result = fuser.optimize(proto, freeze_inputs=freeze, verify=False)
+        assert {remark.code for remark in result.report.missed} == {"overridable"}
+        assert "training_info" in result.report.missed[0].reason
+        assert result.model.SerializeToString(deterministic=True) == before

@@ -16,6 +16,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from fuser.files import ModelFile
 from fuser.graph import Array, Dim
+from fuser.graphs.onnx.importing import names_read
 from fuser.graphs.onnx.readers import OLDEST_OPSET
 from fuser.graphs.onnx.sizes import MAX_SIZES, SizeArithmetic
 from fuser.graphs.onnx.values import (
@@ -57,6 +58,7 @@ class KnownValues:
     """
 
     def __init__(self, model: ModelFile, wiring: Wiring, overridable: set[str], *, frozen: bool) -> None:
+        self._trained = _trained(model.proto)
         self._model, self._wiring = model, wiring
         self._known: dict[int, gs.Tensor] = {}
         self._quantized: dict[int, gs.Tensor] = {}
@@ -69,7 +71,8 @@ class KnownValues:
         self._sized: dict[int, gs.Node] = {}
         for scope in wiring.scopes:
             for tensor in scope.names.values():
-                if scope is wiring.scopes[0] and tensor.name in overridable and not frozen:
+                replaceable = tensor.name in self._trained or (tensor.name in overridable and not frozen)
+                if scope is wiring.scopes[0] and replaceable:
                     self.overridable[id(tensor)] = tensor
                 elif isinstance(tensor, gs.Constant) and tensor_proto(tensor) is not None:
                     self._known[id(tensor)] = tensor
@@ -86,6 +89,8 @@ class KnownValues:
 
     def value(self, tensor: gs.Tensor) -> Array | Missed:
         """The value, or why it is not known."""
+        if id(tensor) in self.overridable and tensor.name in self._trained:
+            return Missed("overridable", f"the initializer {tensor.name!r} is updated by the model's training_info")
         if id(tensor) in self.overridable:
             return Missed(
                 "overridable",
@@ -458,6 +463,18 @@ class KnownValues:
             bodies = [a.g for a in node.attribute if a.type == AttributeProto.GRAPH]
             for child, body in zip(children.get(tuple(node.output), ()), bodies, strict=False):
                 self._collect(child, body)
+
+
+def _trained(model: ModelProto) -> set[str]:
+    """The names of the main graph that training reads or updates."""
+    names: set[str] = set()
+    for info in model.training_info:
+        for graph, bindings in (
+            (info.initialization, info.initialization_binding),
+            (info.algorithm, info.update_binding),
+        ):
+            names |= names_read(graph) | {binding.key for binding in bindings}
+    return names
 
 
 def _is_proven(shape: Shape | None) -> bool:
