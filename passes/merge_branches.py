@@ -249,25 +249,22 @@ def _is_turned(op: Conv | Linear) -> bool:
 
 def _guest_kernel(graph: Graph, guest: Branch, host_op: Conv | Linear, host: Kernel) -> Kernel | Missed:
     """What the steps of the branch do to its source, as long as that can be part of the host."""
-    ones = ChannelAffine.identity(host.inputs)
-    total = Kernel.pointwise(ones, len(host.taps))
+    total: Kernel | None = None
     for step in guest.steps:
-        if isinstance(step, Map):
-            kernel = _map_kernel(graph, step, total.outputs, host_op, host)
-        elif isinstance(step, Linear) != isinstance(host_op, Linear):
-            return Missed("geometry", "a convolution and a matrix product work along different axes")
-        else:
-            kernel = _mean(graph, step, total.outputs, host) if isinstance(step, AveragePool) else _kernel(graph, step)
-        if isinstance(kernel, Missed):
-            return kernel
-        if step is guest.steps[0]:
-            total = kernel
-            continue
-        composed = _composed(kernel, total, host)
-        if isinstance(composed, Missed):
-            return composed
-        total = composed
-    return total
+        kernel = _step_kernel(graph, step, host.inputs if total is None else total.outputs, host_op, host)
+        found = kernel if total is None or isinstance(kernel, Missed) else _composed(kernel, total, host)
+        if isinstance(found, Missed):
+            return found
+        total = found
+    return total or Kernel.pointwise(ChannelAffine.identity(host.inputs), len(host.taps))
+
+
+def _step_kernel(graph: Graph, step: Step, channels: int, host_op: Conv | Linear, host: Kernel) -> Kernel | Missed:
+    if isinstance(step, Map):
+        return _map_kernel(graph, step, channels, host_op, host)
+    if isinstance(step, Linear) != isinstance(host_op, Linear):
+        return Missed("geometry", "a convolution and a matrix product work along different axes")
+    return _mean(graph, step, channels, host) if isinstance(step, AveragePool) else _kernel(graph, step)
 
 
 def _map_kernel(graph: Graph, m: Map, channels: int, host_op: Conv | Linear, host: Kernel) -> Kernel | Missed:

@@ -469,11 +469,8 @@ def _trained(model: ModelProto) -> set[str]:
     """The names of the main graph that training reads or updates."""
     names: set[str] = set()
     for info in model.training_info:
-        for graph, bindings in (
-            (info.initialization, info.initialization_binding),
-            (info.algorithm, info.update_binding),
-        ):
-            names |= names_read(graph) | {binding.key for binding in bindings}
+        names |= names_read(info.initialization) | names_read(info.algorithm)
+        names |= {binding.key for binding in (*info.initialization_binding, *info.update_binding)}
     return names
 
 

@@ -63,6 +63,9 @@ class Scope:
 
     def nodes(self) -> Iterator[gs.Node]:
         """The editor's nodes with the new ones in their places."""
+        if not self.before and not self.after:
+            yield from self.editor.nodes
+            return
         for node in self.editor.nodes:
             yield from self._with_new(node)
 

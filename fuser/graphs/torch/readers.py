@@ -179,10 +179,15 @@ def _bmm(call: Call) -> ops.Op:
 def _expand(call: Call) -> ops.Op:
     """To the size it has."""
     value = call.required("self")
-    shape = call.graph.shape(value)
-    if shape is None or None in shape or shape != call.graph.shape(call.node):
+    if not _keeps_size(call, value):
         raise Unreadable
     return ops.Identity(call.node, call.node, value)
+
+
+def _keeps_size(call: Call, value: fx.Node) -> bool:
+    """Whether the result is sure to be as large as the operand."""
+    shape = call.graph.shape(value)
+    return shape is not None and None not in shape and shape == call.graph.shape(call.node)
 
 
 def _batch_norm(call: Call) -> ops.Op:
@@ -263,9 +268,7 @@ def _slice(call: Call) -> ops.Op:
     value, axis, step = call.required("self"), call.static("dim"), call.static("step")
     start, end = call.static("start") or 0, call.static("end")
     end = _TO_THE_END if end is None else end
-    shape = call.graph.shape(value)
-    is_same = shape is not None and None not in shape and shape == call.graph.shape(call.node)
-    if (start, step) == (0, 1) and (end == _TO_THE_END or is_same):
+    if (start, step) == (0, 1) and (end == _TO_THE_END or _keeps_size(call, value)):
         return _alias(call)
     if not all(isinstance(number, int) for number in (axis, start, end, step)):
         raise Unreadable
