@@ -8,10 +8,10 @@ from typing import Any
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import Message
-from onnx import AttributeProto, GraphProto, NodeProto
+from onnx import GraphProto, NodeProto
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from fuser.graphs.onnx.known import tensor_proto
+from fuser.graphs.onnx.importing import IN_EDITOR
 from fuser.graphs.onnx.wiring import Scope, Wiring
 
 ORIGIN = "fuser.folded"
@@ -19,16 +19,6 @@ ORIGIN = "fuser.folded"
 
 _NODE_METADATA_SINCE_IR = 10
 _INITIALIZERS_NEED_NO_INPUT_SINCE_IR = 4
-
-NOT_IN_EDITOR = {
-    AttributeProto.GRAPHS,
-    AttributeProto.TENSORS,
-    AttributeProto.SPARSE_TENSOR,
-    AttributeProto.SPARSE_TENSORS,
-    AttributeProto.TYPE_PROTO,
-    AttributeProto.TYPE_PROTOS,
-}
-"""Kinds of attributes that GraphSurgeon does not import, so their absence there says nothing."""
 
 
 def patch(
@@ -49,7 +39,7 @@ def patch(
 
 def _patch_nodes(scope: Scope, wiring: Wiring, origins: Mapping[int, Sequence[str]], ir_version: int) -> None:
     kept = []
-    for node in scope.editor.nodes:
+    for node in scope.nodes:
         if wiring.is_erased(node):
             continue
         proto = wiring.proto(node)
@@ -68,7 +58,7 @@ def _patch_node(node: gs.Node, proto: NodeProto, new_attributes: Collection[str]
     del proto.input[:], proto.output[:]
     proto.input.extend(tensor.name for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
-    for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type not in NOT_IN_EDITOR]:
+    for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type in IN_EDITOR]:
         proto.attribute.remove(attribute)
     new = sorted(name for name in new_attributes if name in node.attrs)  # another edit may have taken one away again
     for attribute in [a for a in proto.attribute if a.name in new]:
@@ -87,7 +77,7 @@ def _record_origins(proto: NodeProto, origins: Sequence[str], ir_version: int) -
 
 def _patch_tensors(scope: Scope, graph: GraphProto, wiring: Wiring, removed_inputs: set[str], ir_version: int) -> None:
     new = [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
-    made = {tensor.name for node in scope.editor.nodes if not wiring.is_erased(node) for tensor in node.outputs}
+    made = {tensor.name for node in scope.nodes if not wiring.is_erased(node) for tensor in node.outputs}
     dropped = scope.dropped - made
     initializers = {tensor.name for tensor in graph.initializer}
     unwanted = removed_inputs | (dropped & initializers)
@@ -99,7 +89,7 @@ def _patch_tensors(scope: Scope, graph: GraphProto, wiring: Wiring, removed_inpu
     if unwanted:
         _refill(graph, "input", [info for info in graph.input if info.name not in unwanted])
     for tensor in new:
-        proto = tensor_proto(tensor)
+        proto = tensor.proto
         assert proto is not None
         graph.initializer.append(proto)
         if ir_version < _INITIALIZERS_NEED_NO_INPUT_SINCE_IR:

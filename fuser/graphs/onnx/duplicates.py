@@ -7,12 +7,12 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import TypeVar
 
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, TensorProto
+from onnx import TensorProto
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from fuser.files import ModelFile
-from fuser.graphs.onnx.carrier import NOT_IN_EDITOR
-from fuser.graphs.onnx.known import KnownValues, tensor_proto
+from fuser.graphs.onnx.importing import IN_EDITOR, Constant
+from fuser.graphs.onnx.known import KnownValues
 from fuser.graphs.onnx.wiring import Wiring, is_standard, operator
 
 T = TypeVar("T")
@@ -24,7 +24,6 @@ _NEVER_TWINS = frozenset(
     # Compared by what they hold.
     "Constant".split()
 )
-_NOT_COMPARED = {AttributeProto.GRAPH, *NOT_IN_EDITOR}
 
 
 def duplicate_nodes(wiring: Wiring) -> Iterator[tuple[gs.Node, gs.Node]]:
@@ -57,7 +56,7 @@ def _have_equal_attributes(wiring: Wiring, a: gs.Node, b: gs.Node) -> bool:
 def _attributes(wiring: Wiring, node: gs.Node) -> dict[str, bytes] | None:
     """The attributes by name, as bytes: a float equals another by its bits.  None for a node with a body."""
     proto = wiring.proto(node)
-    if proto is not None and any(attribute.type in _NOT_COMPARED for attribute in proto.attribute):
+    if proto is not None and any(attribute.type not in IN_EDITOR for attribute in proto.attribute):
         return None
     if proto is None or id(node) in wiring.touched:
         proto = OnnxExporter.export_node(node)
@@ -116,7 +115,7 @@ class DuplicateConstants:
     def _proto(self, tensor: gs.Tensor) -> TensorProto | None:
         """Where the values are; a Constant node may also state them as numbers."""
         stored = tensor.inputs[0].attrs.get("value") if tensor.inputs else tensor
-        return tensor_proto(stored) if isinstance(stored, gs.Constant) else None
+        return stored.proto if isinstance(stored, Constant) else None
 
     def _form(self, tensor: gs.Tensor) -> Hashable:
         proto = self._proto(tensor)

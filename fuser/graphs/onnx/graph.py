@@ -15,14 +15,15 @@ from typing import TypeVar
 import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import GraphProto, TensorProto
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from fuser import costs
 from fuser.files import ModelFile
 from fuser.graph import Array, Reader, Summary
 from fuser.graphs.onnx import carrier
 from fuser.graphs.onnx.duplicates import DuplicateConstants, duplicate_nodes
-from fuser.graphs.onnx.known import KnownValues, tensor_proto
+from fuser.graphs.onnx.importing import Constant as StoredConstant
+from fuser.graphs.onnx.importing import Node, Variable
+from fuser.graphs.onnx.known import KnownValues
 from fuser.graphs.onnx.readers import (
     MEASURED,
     OLDEST_OPSET,
@@ -139,10 +140,8 @@ class OnnxGraph:
         elif kind is Duplicate:
             yield from self._duplicate_ops()  # type: ignore[misc]
         elif kind is SplitSequence:
-            for node in self.wiring.order:
-                if node.op != "SplitToSequence" or self.wiring.is_erased(node) or not self._is_read_here(node):
-                    continue
-                if (found := split_sequence(self, node)) is not None:
+            for node in self.wiring.of(["SplitToSequence"]):
+                if self._is_read_here(node) and (found := split_sequence(self, node)) is not None:
                     yield found  # type: ignore[misc]
         elif kind is DuplicateConstant:
             for constant, twin in self._duplicate_constants:
@@ -150,10 +149,8 @@ class OnnxGraph:
         else:
             kinds = (kind, *MAY_CHANGE_NOTHING) if kind is Identity else kind
             operators = {name for name, (read_as, _) in READERS.items() if read_as is Op or issubclass(read_as, kinds)}
-            for node in self.wiring.order:
-                if node.op not in operators or self.wiring.is_erased(node) or self.known.is_foldable(node):
-                    continue
-                op = self.read(node)
+            for node in self.wiring.of(operators):
+                op = None if self.known.is_foldable(node) else self.read(node)
                 if op is not None and kind is Identity:
                     op = as_identity(self, op)
                 if isinstance(op, kind) and op.node is node:
@@ -245,10 +242,10 @@ class OnnxGraph:
     def summary(self) -> Summary:
         alive = [node for node in self.wiring.order if not self.wiring.is_erased(node)]
         summary = Summary(dict(Counter(node.op for node in alive)))
-        stored = [node.attrs["value"] for node in alive if isinstance(node.attrs.get("value"), gs.Constant)]
+        stored = [node.attrs["value"] for node in alive if isinstance(node.attrs.get("value"), StoredConstant)]
         for scope in self.wiring.scopes:
             stored += [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
-        protos = [proto for tensor in stored if (proto := tensor_proto(tensor)) is not None]
+        protos = [tensor.proto for tensor in stored if tensor.proto is not None]
         for scope in self.wiring.scopes:
             if isinstance(scope.proto, GraphProto):
                 protos += [tensor for tensor in scope.proto.initializer if tensor.name not in scope.dropped]
@@ -264,7 +261,8 @@ class OnnxGraph:
         return summary
 
     def _multiply_adds(self, nodes: Sequence[gs.Node]) -> int | None:
-        inputs = (self.known.shape(tensor) for tensor in self.wiring.editor.inputs)
+        main = self.wiring.scopes[0]
+        inputs = (self.known.shape(main.names[info.name]) for info in self._model.proto.graph.input)
         batch = {shape[0] for shape in inputs if shape and isinstance(shape[0], str)}
         total = 0
         for node in nodes:
@@ -455,7 +453,7 @@ class OnnxGraph:
     def split(self, op: SplitSequence) -> None:
         node, scope = op.node, self.wiring.scope(op.node)
         assert op.sizes is not None
-        outputs = [gs.Variable(self._fresh(f"{op.output.name}_{i}")) for i in range(len(op.sizes))]
+        outputs = [Variable(self._fresh(f"{op.output.name}_{i}")) for i in range(len(op.sizes))]
         for index, value in op.taken:
             self.wiring.erase(self.producer(value))
             outputs[index] = value
@@ -465,7 +463,7 @@ class OnnxGraph:
             attributes["split"] = list(op.sizes)
         else:
             inputs.append(self._new_constant(scope, f"{op.output.name}.sizes", np.array(op.sizes, np.int64), node))
-        split = gs.Node("Split", node.name or self._fresh(f"{op.output.name}_split"), attributes)
+        split = Node("Split", node.name or self._fresh(f"{op.output.name}_split"), attributes)
         self.wiring.insert(split, before=node)
         self.wiring.erase(node)
         self.wiring.link(split, inputs, outputs)
@@ -651,7 +649,7 @@ class OnnxGraph:
     def _rename_output(self, node: gs.Node) -> gs.Tensor:
         """Under its old name, another shape may be declared than it has now."""
         old = node.outputs[0]
-        fresh, uses = gs.Variable(self._fresh(old.name)), self.wiring.uses(old)
+        fresh, uses = Variable(self._fresh(old.name)), self.wiring.uses(old)
         self.wiring.set_output(node, old, fresh)
         self.wiring.scope(node).dropped.add(old.name)
         for reader, position in uses:
@@ -686,26 +684,26 @@ class OnnxGraph:
             return
         scope, output = self.wiring.scope(matmul), matmul.outputs[0]
         stem = matmul.name or output.name
-        product = gs.Variable(self._fresh(f"{output.name}_product"))
+        product = Variable(self._fresh(f"{output.name}_product"))
         self.wiring.set_output(matmul, output, product)
         self.known.inherit(product, output)
         bias = self._new_constant(scope, f"{stem}.bias", array, matmul)
-        add = gs.Node("Add", self._fresh(f"{stem}_bias"))
+        add = Node("Add", self._fresh(f"{stem}_bias"))
         self.wiring.insert(add, after=matmul)
         self.wiring.link(add, [product, bias], [output])
 
     def _new_constant(self, scope: Scope, base: str, array: Array, user: gs.Node) -> gs.Tensor:
         """A constant under a new name; a node before `user` where the scope can hold no initializers."""
         name = self._fresh(base.removesuffix("_folded") + "_folded")
-        tensor = gs.Constant(name, LazyValues(self._model.tensor(name, array)))
+        tensor = StoredConstant(self._model.tensor(name, array))
         scope.changed = True
         if self._holds_initializers(scope):
             scope.new_constants.append(tensor)
             self.wiring.adopt(scope, tensor)
             self.known.add(tensor)
             return tensor
-        output = gs.Variable(name, dtype=array.dtype, shape=list(array.shape))
-        node = gs.Node("Constant", self._fresh(f"{name}_node"), attrs={"value": tensor})
+        output = Variable(name)
+        node = Node("Constant", self._fresh(f"{name}_node"), attrs={"value": tensor})
         self.wiring.insert(node, before=user)
         self.wiring.link(node, [], [output])
         self.wiring.adopt(scope, output)

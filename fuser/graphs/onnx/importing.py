@@ -1,48 +1,89 @@
-"""From a model to GraphSurgeon's graph, node for node."""
+"""GraphSurgeon's nodes and tensors for what a model states.
+
+GraphSurgeon's own import goes through the nodes once: what a body reads before it is made, or defines again, it takes
+for another value.  It also reads every constant's type and every declared shape, and keeps lists that search each
+other at each change.  So its objects are made here, node by node, and `Wiring` resolves the names and keeps the links.
+"""
 
 from __future__ import annotations
 
-import graphlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any
 
-import onnx
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, FunctionProto, GraphProto
-from onnx_graphsurgeon.logger import G_LOGGER
+from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, SparseTensorProto, TensorProto
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.util.misc import convert_from_onnx_attr_type
 
 from fuser.errors import InputError
 
-_Path: TypeAlias = tuple[int | str, ...]
-"""Of a body: the place of its node and the name of the attribute, from the outermost graph inwards."""
+
+class Node(gs.Node):  # type: ignore[misc]
+    """A node whose links are plain lists; `Wiring` keeps both ends of each."""
+
+    __setattr__ = object.__setattr__
+
+    def __init__(self, op: str, name: str = "", attrs: dict[str, Any] | None = None, domain: str | None = None) -> None:
+        self.op, self.name, self.domain = op, name, domain
+        self.attrs: dict[str, Any] = {} if attrs is None else attrs
+        self.inputs: list[gs.Tensor] = []
+        self.outputs: list[gs.Tensor] = []
 
 
-def import_model(model: onnx.ModelProto) -> gs.Graph:
-    """GraphSurgeon's graph of `model`, with the nodes where they stand there.
+class Variable(gs.Variable):  # type: ignore[misc]
+    """A value that is computed; what is known of its type and shape is kept by `KnownValues`."""
 
-    GraphSurgeon goes through the nodes once, and what a body reads before it is made it takes for a value of that
-    body's own.  So nodes that have bodies are put behind all that these read, and put back afterwards.
+    __setattr__ = object.__setattr__
 
-    Raises `InputError` for what GraphSurgeon cannot read.
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.inputs: list[gs.Node] = []
+
+
+class Constant(gs.Constant):  # type: ignore[misc]
+    """A stored value; it stays in the carrier.
+
+    proto: None for a sparse one, which is not looked into.
     """
-    graphs = [model.graph, *model.functions]
-    places: list[dict[_Path, list[int]]] = [{} for _ in graphs]
-    for graph, moved in zip(graphs, places, strict=True):
-        _sort(graph, (), moved)
-    editors: list[gs.Graph | None] = [None] * len(graphs)
-    try:
-        with _quietly():
-            main = gs.import_onnx(model)
-        editors = [main, *main.functions]
-    except Exception as error:  # it raises its own type for what it does not know
-        first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"onnx-graphsurgeon cannot read the model: {first}") from error
-    finally:
-        for graph, editor, moved in zip(graphs, editors, places, strict=True):
-            if moved:
-                _put_back(graph, editor, (), moved)
-    return main
+
+    __setattr__ = object.__setattr__
+
+    def __init__(self, proto: TensorProto | SparseTensorProto) -> None:
+        is_dense = isinstance(proto, TensorProto)
+        self.name: str = proto.name if is_dense else proto.values.name
+        self.proto = proto if is_dense else None
+        self.sizes = tuple(proto.dims)
+        self.inputs: list[gs.Node] = []
+
+    @property
+    def _values(self) -> LazyValues:
+        """Where GraphSurgeon looks for it when it exports a node that holds the constant."""
+        return _InCarrier(self.proto)
+
+
+class _InCarrier(LazyValues):  # type: ignore[misc]
+    def __init__(self, tensor: TensorProto | None) -> None:
+        self.tensor = tensor
+
+
+ABSENT = Variable("")
+"""Stands for an optional operand or result that is left out."""
+
+
+def import_node(proto: NodeProto) -> Node:
+    """The node without its links and bodies.  Raises `InputError` for names that are no text."""
+    name = proto.name
+    if isinstance(name, bytes):
+        reject_bytes(name)
+    domain = proto.domain if proto.HasField("domain") else None
+    attributes = {a.name: _value(a) for a in proto.attribute if a.type in _READ or a.ref_attr_name}
+    return Node(proto.op_type, name, attributes, domain)
+
+
+def reject_bytes(name: str | bytes) -> None:
+    """Protobuf hands out bytes for a name that is not UTF-8; raises `InputError` for one."""
+    if isinstance(name, bytes):
+        raise InputError(f"not a valid ONNX model: the name {name!r} is not UTF-8")
 
 
 def names_read(graph: GraphProto | FunctionProto) -> set[str]:
@@ -52,61 +93,39 @@ def names_read(graph: GraphProto | FunctionProto) -> set[str]:
         names |= {info.name for info in graph.output}
     for node in graph.node:
         for attribute in node.attribute:
-            for body in (attribute.g, *attribute.graphs):
-                names |= names_read(body)
+            if attribute.HasField("g") or attribute.graphs:
+                for body in (attribute.g, *attribute.graphs):
+                    names |= names_read(body)
     return names
 
 
-def _sort(graph: GraphProto | FunctionProto, path: _Path, moved: dict[_Path, list[int]]) -> None:
-    """Put nodes with bodies behind what these read, in all bodies too; into `moved` goes where each node stood."""
-    if not any(True for _ in _bodies(graph)):
-        return
-    made = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    needs = [{made[name] for name in node.input if name in made} for node in graph.node]
-    for i, attribute in _bodies(graph):
-        needs[i] |= {made[name] for name in names_read(attribute.g) if name in made} - {i}
-    if any(before > i for i, befores in enumerate(needs) for before in befores):
-        try:
-            stood = list(graphlib.TopologicalSorter(dict(enumerate(needs))).static_order())
-        except graphlib.CycleError:  # who builds the index tells what is no legal graph
-            return
-        moved[path] = stood
-        _sort_by(graph.node, sorted(range(len(stood)), key=stood.__getitem__))
-    for i, attribute in _bodies(graph):
-        _sort(attribute.g, (*path, i, attribute.name), moved)
+def _value(attribute: AttributeProto) -> Any:
+    if attribute.ref_attr_name:
+        return gs.Node.AttributeRef(attribute.ref_attr_name, convert_from_onnx_attr_type(attribute.type))
+    return _READ[attribute.type](attribute)
 
 
-def _put_back(
-    graph: GraphProto | FunctionProto, editor: gs.Graph | None, path: _Path, moved: dict[_Path, list[int]]
-) -> None:
-    for i, attribute in _bodies(graph):
-        body = None if editor is None else editor.nodes[i].attrs.get(attribute.name)
-        _put_back(attribute.g, body, (*path, i, attribute.name), moved)
-    if path in moved:
-        _sort_by(graph.node, moved[path])
-        if editor is not None:
-            _sort_by(editor.nodes, moved[path])
-
-
-def _sort_by(nodes: Any, keys: Sequence[int]) -> None:
-    """Sort by a key for each node."""
-    following = iter(keys)
-    nodes.sort(key=lambda _: next(following))
-
-
-def _bodies(graph: GraphProto | FunctionProto) -> Iterator[tuple[int, AttributeProto]]:
-    for i, node in enumerate(graph.node):
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield i, attribute
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """GraphSurgeon warns of its own export, which is not used; what it cannot read, it raises as well as prints."""
-    severity = G_LOGGER.severity
-    G_LOGGER.severity = G_LOGGER.CRITICAL + 1
+def _text(value: bytes) -> str | bytes:
+    """Custom operators keep what they like in strings."""
     try:
-        yield
-    finally:
-        G_LOGGER.severity = severity
+        return value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+def _texts(values: Iterable[bytes]) -> list[str | bytes]:
+    return [_text(value) for value in values]
+
+
+_READ: dict[int, Callable[[AttributeProto], Any]] = {
+    AttributeProto.FLOAT: lambda a: a.f,
+    AttributeProto.INT: lambda a: a.i,
+    AttributeProto.STRING: lambda a: _text(a.s),
+    AttributeProto.TENSOR: lambda a: Constant(a.t),
+    AttributeProto.FLOATS: lambda a: list(a.floats),
+    AttributeProto.INTS: lambda a: list(a.ints),
+    AttributeProto.STRINGS: lambda a: _texts(a.strings),
+}
+
+IN_EDITOR = _READ.keys()
+"""Kinds of attributes that a node of the editor holds; the others stay in the carrier alone."""

@@ -12,11 +12,10 @@ import numpy as np
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
-from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from fuser.files import ModelFile
 from fuser.graph import Array, Dim
-from fuser.graphs.onnx.importing import names_read
+from fuser.graphs.onnx.importing import Constant, names_read
 from fuser.graphs.onnx.readers import OLDEST_OPSET
 from fuser.graphs.onnx.sizes import MAX_SIZES, SizeArithmetic
 from fuser.graphs.onnx.values import (
@@ -74,7 +73,7 @@ class KnownValues:
                 replaceable = tensor.name in self._trained or (tensor.name in overridable and not frozen)
                 if scope is wiring.scopes[0] and replaceable:
                     self.overridable[id(tensor)] = tensor
-                elif isinstance(tensor, gs.Constant) and tensor_proto(tensor) is not None:
+                elif isinstance(tensor, Constant) and tensor.proto is not None:
                     self._known[id(tensor)] = tensor
         for node in wiring.order:
             self._classify(node)
@@ -106,7 +105,7 @@ class KnownValues:
         if id(tensor) not in self._known:
             return Missed("not-constant", f"{tensor.name!r} is not known before run time")
         try:
-            return self._stored(tensor) if isinstance(tensor, gs.Constant) else self.evaluate(tensor)
+            return self._stored(tensor) if isinstance(tensor, Constant) else self.evaluate(tensor)
         except CannotEvaluate as error:
             return Missed("not-constant", f"{tensor.name!r} is not known before run time: {error}")
 
@@ -138,7 +137,7 @@ class KnownValues:
             tensor = pending[-1]
             if self._lookup(tensor, fresh) is not None:
                 pending.pop()
-            elif isinstance(tensor, gs.Constant):
+            elif isinstance(tensor, Constant):
                 fresh[id(tensor)] = self._stored(tensor)
             elif not tensor.inputs:
                 raise CannotEvaluate(f"nothing makes {tensor.name!r}")
@@ -155,15 +154,14 @@ class KnownValues:
 
     def element_type(self, tensor: gs.Tensor) -> int | None:
         """The ONNX element type, where it is known."""
-        if isinstance(tensor, gs.Constant):
-            proto = tensor_proto(tensor)
-            return None if proto is None else proto.data_type
+        if isinstance(tensor, Constant):
+            return None if tensor.proto is None else tensor.proto.data_type
         return self._inferred().get(id(tensor), (0, None))[0] or None
 
     def shape(self, tensor: gs.Tensor) -> Shape | None:
         """What is inferred, or follows from the value itself: inference does not look into functions."""
-        if isinstance(tensor, gs.Constant):
-            return tuple(tensor.shape)
+        if isinstance(tensor, Constant):
+            return tensor.sizes
         inferred = self._inferred_shape(tensor)
         if inferred is None or not all(isinstance(size, int) for size in inferred):
             inferred = self._reshaped(tensor, inferred)
@@ -308,7 +306,7 @@ class KnownValues:
     def _compute(self, node: gs.Node, inputs: Sequence[Array | None]) -> list[Array]:
         proto = self._wiring.proto(node)
         if node.op == "Constant":
-            if isinstance(node.attrs.get("value"), gs.Constant):
+            if isinstance(node.attrs.get("value"), Constant):
                 return [self._stored(node.attrs["value"])]
             value = None if proto is None else attribute_value(proto.attribute[0])
             if value is None:
@@ -330,11 +328,10 @@ class KnownValues:
                 while sum(kept.nbytes for kept in self._recent.values()) > RECENT:
                     del self._recent[next(iter(self._recent))]
 
-    def _stored(self, tensor: gs.Constant) -> Array:
-        proto = tensor_proto(tensor)
-        if proto is None:
+    def _stored(self, tensor: Constant) -> Array:
+        if tensor.proto is None:
             raise CannotEvaluate(f"{tensor.name!r} is sparse")
-        return self._model.array(proto)
+        return self._model.array(tensor.proto)
 
     # -- types and shapes
 
@@ -482,12 +479,6 @@ def _is_proven(shape: Shape | None) -> bool:
 def _infos(graph: GraphProto) -> Iterator[ValueInfoProto]:
     """What is said of the values of a graph."""
     yield from (*graph.input, *graph.value_info, *graph.output)
-
-
-def tensor_proto(tensor: gs.Constant) -> TensorProto | None:
-    """The dense tensor in the carrier that GraphSurgeon's constant stands for; None for a sparse one."""
-    values = tensor._values
-    return values.tensor if isinstance(values, LazyValues) and not isinstance(values, SparseValues) else None
 
 
 def _resized(source: Shape | None, target: Shape, *, allow_zero: bool) -> Shape:

@@ -1,15 +1,15 @@
 """Who defines a value, who reads it, and where: the index under the ONNX graph.
 
-GraphSurgeon gives nodes and tensors their links, but compares tensors by name and nodes by content.  So
-everything here is keyed by identity, and GraphSurgeon's own reader lists are brought up to date at `commit`
-instead of being searched at each edit.  It also resolves names without regard to shadowing: a subgraph that
-defines a name of an outer scope again is `frozen`, that is, left alone.
+GraphSurgeon compares tensors by name and nodes by content, so everything here is keyed by identity.  A subgraph that
+defines a name of an outer scope again is `frozen`, that is, left alone: there, a name would not mean what it means
+outside.
 """
 
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from heapq import merge
 from typing import Any
 
 import onnx
@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto
 
 from fuser.errors import InputError
-from fuser.graphs.onnx.importing import import_model, names_read
+from fuser.graphs.onnx.importing import ABSENT, Constant, Variable, import_node, names_read, reject_bytes
 
 
 class Scope:
@@ -25,6 +25,7 @@ class Scope:
 
     path: a prefix for names in it, empty for the main graph.
     owner: the node whose body it is.
+    nodes: as they stood when the graph was last settled.
     frozen: its names are not to be trusted, so nothing in it is read or edited.
     """
 
@@ -32,20 +33,21 @@ class Scope:
         self,
         path: str,
         proto: GraphProto | FunctionProto,
-        editor: Any,
         opset: int,
         parent: Scope | None = None,
         owner: gs.Node | None = None,
     ) -> None:
-        self.path, self.proto, self.editor, self.opset = path, proto, editor, opset
+        self.path, self.proto, self.opset = path, proto, opset
         self.parent, self.owner = parent, owner
         self.children: list[Scope] = []
+        self.nodes: list[gs.Node] = []
+        self.outputs: list[gs.Tensor] = []
         self.names: dict[str, gs.Tensor] = {}
         self.frozen: bool = parent is not None and parent.frozen
         self.changed = False
         self.before: dict[int, list[gs.Node]] = {}  # new nodes, to stand before the node of that id
         self.after: dict[int, list[gs.Node]] = {}
-        self.new_constants: list[gs.Constant] = []
+        self.new_constants: list[Constant] = []
         self.dropped: set[str] = set()
 
     def lookup(self, name: str) -> gs.Tensor | None:
@@ -61,12 +63,9 @@ class Scope:
     def in_function(self) -> bool:
         return isinstance(self.proto, FunctionProto) or (self.parent is not None and self.parent.in_function)
 
-    def nodes(self) -> Iterator[gs.Node]:
-        """The editor's nodes with the new ones in their places."""
-        if not self.before and not self.after:
-            yield from self.editor.nodes
-            return
-        for node in self.editor.nodes:
+    def with_new(self) -> Iterator[gs.Node]:
+        """The nodes with the new ones in their places."""
+        for node in self.nodes:
             yield from self._with_new(node)
 
     def _with_new(self, node: gs.Node) -> Iterator[gs.Node]:
@@ -78,9 +77,9 @@ class Scope:
             yield from self._with_new(new)
 
     def settle(self) -> None:
-        """Let the editor have the new nodes."""
+        """Put the new nodes in their places."""
         if self.before or self.after:
-            list.__setitem__(self.editor.nodes, slice(None), list(self.nodes()))
+            self.nodes = list(self.with_new())
             self.before, self.after = {}, {}
 
 
@@ -94,7 +93,6 @@ class Wiring:
     """
 
     def __init__(self, model: onnx.ModelProto, dropped_inputs: Collection[str] = ()) -> None:
-        self.editor = import_model(model)
         self.scopes: list[Scope] = []
         self.erased: dict[int, gs.Node] = {}
         self.touched: dict[int, gs.Node] = {}
@@ -102,21 +100,24 @@ class Wiring:
         self._scope: dict[int, Scope] = {}
         self._proto: dict[int, NodeProto] = {}
         self._home: dict[int, Scope] = {}
-        self._uses: dict[int, dict[tuple[int, int], tuple[gs.Node, int]]] = {}
+        self._uses: dict[int, dict[tuple[int, int], gs.Node]] = {}
         self._public: dict[int, list[str]] = {}
         self._orphans: dict[int, gs.Tensor] = {}
-        self._dirty: dict[int, gs.Tensor] = {}
+        self._gone: list[gs.Node] = []  # since the graph was settled
+        self._unmade: dict[str, gs.Tensor] = {}
 
-        main = Scope("", model.graph, self.editor, _opset(model.opset_import))
+        main = Scope("", model.graph, _opset(model.opset_import))
         self._register(main)
         for output in model.graph.output:
-            if main.lookup(output.name) is None and output.name not in initializer_names(model.graph):
+            if main.lookup(output.name) is None:
                 raise InputError(f"not a valid ONNX model: nothing makes the graph output {output.name!r}")
-        for proto, function in zip(model.functions, self.editor.functions, strict=True):
+        for proto in model.functions:
             path = f"{proto.domain}:{proto.name}/" if proto.domain else f"{proto.name}/"
-            self._register(Scope(path, proto, function, _opset(proto.opset_import) or main.opset))
-        self.order = self._ordered()
-        self.unread = [gs.Variable(name) for name in _unread_initializers(model, dropped_inputs)]
+            self._register(Scope(path, proto, _opset(proto.opset_import) or main.opset))
+        self.order: list[gs.Node] = []
+        self._places: dict[str, list[int]] = {}
+        self._put_in_order()
+        self.unread = self._unread_initializers(model, dropped_inputs)
 
     # -- reading
 
@@ -133,7 +134,7 @@ class Wiring:
 
     def uses(self, tensor: gs.Tensor) -> list[tuple[gs.Node, int]]:
         """(node, position) of each input slot that reads the tensor, those in bodies included."""
-        return list(self._uses.get(id(tensor), {}).values())
+        return [(node, position) for (_, position), node in self._uses.get(id(tensor), {}).items()]
 
     def public(self, tensor: gs.Tensor) -> list[str]:
         """Who needs the tensor under its very name: outputs, and captures where nothing may change."""
@@ -145,6 +146,13 @@ class Wiring:
 
     def is_erased(self, node: gs.Node) -> bool:
         return id(node) in self.erased
+
+    def of(self, operators: Iterable[str]) -> Iterator[gs.Node]:
+        """The living nodes of these operators, in order; each is looked at when it is reached."""
+        places = [self._places[operator] for operator in operators if operator in self._places]
+        for place in merge(*places):
+            if not self.is_erased(node := self.order[place]):
+                yield node
 
     # -- editing
 
@@ -166,27 +174,27 @@ class Wiring:
     def link(self, node: gs.Node, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> None:
         """Give a new node its operands and results."""
         for position, tensor in enumerate(inputs):
-            list.append(node.inputs, tensor)
+            node.inputs.append(tensor)
             self._add_use(tensor, node, position)
         for tensor in outputs:
-            list.append(node.outputs, tensor)
-            list.__setitem__(tensor.inputs, slice(None), [node])
+            node.outputs.append(tensor)
+            tensor.inputs[:] = [node]
 
     def set_input(self, node: gs.Node, position: int, tensor: gs.Tensor) -> None:
         """Let the node read `tensor` at `position`, which may lie past its last operand."""
         while len(node.inputs) <= position:
-            list.append(node.inputs, gs.Variable.empty())
+            node.inputs.append(ABSENT)
         self._drop_use(node.inputs[position], node, position)
-        list.__setitem__(node.inputs, position, tensor)
+        node.inputs[position] = tensor
         self._add_use(tensor, node, position)
         self.touch(node)
 
     def set_output(self, node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
         """Let the node write `new` where it wrote `old`."""
         position = next(i for i, tensor in enumerate(node.outputs) if tensor is old)
-        list.__setitem__(node.outputs, position, new)
-        list.__setitem__(new.inputs, slice(None), [node])
-        list.clear(old.inputs)
+        node.outputs[position] = new
+        new.inputs[:] = [node]
+        old.inputs.clear()
         self.adopt(self.scope(node), new)
         self.touch(node)
 
@@ -194,7 +202,7 @@ class Wiring:
         """Keep the first `length` operands."""
         for position in range(length, len(node.inputs)):
             self._drop_use(node.inputs[position], node, position)
-        list.__delitem__(node.inputs, slice(length, None))
+        del node.inputs[length:]
         self.touch(node)
 
     def set_attribute(self, node: gs.Node, name: str, value: Any) -> None:
@@ -212,14 +220,14 @@ class Wiring:
         """Take the node, and the bodies it owns, out of the graph."""
         scope = self.scope(node)
         self.erased[id(node)] = node
+        self._gone.append(node)
         scope.changed = True
         scope.dropped.update(output.name for output in node.outputs if not output.is_empty())
-        self._dirty.update((id(output), output) for output in node.outputs)
         for position, tensor in enumerate(node.inputs):
             self._drop_use(tensor, node, position)
         for body in scope.children:
             if body.owner is node:
-                for inner in body.nodes():
+                for inner in body.with_new():
                     if not self.is_erased(inner):
                         self.erase(inner)
 
@@ -235,7 +243,7 @@ class Wiring:
             key, tensor = self._orphans.popitem()
             if self._uses.get(key) or key in self._public or key in keep:
                 continue
-            if isinstance(tensor, gs.Constant):
+            if isinstance(tensor, Constant):
                 scope = self._home[key]
                 scope.dropped.add(tensor.name)
                 scope.changed = True
@@ -245,52 +253,80 @@ class Wiring:
                 self.erase(node)
 
     def settle(self) -> None:
-        """Bring the order and GraphSurgeon's lists up to date; raises ValueError where the graph is broken."""
+        """Bring the order up to date; raises ValueError where the graph is broken."""
         for scope in self.scopes:
             scope.settle()
-        self.order = [node for node in self._ordered() if not self.is_erased(node)]
-        for tensor in self._dirty.values():
-            readers = [node for node, _ in self.uses(tensor)]
-            if any(self.is_erased(node) for node in readers):
-                raise ValueError(f"{tensor.name!r} is read by a node that is gone")
-            if readers and tensor.inputs and self.is_erased(tensor.inputs[0]):
-                raise ValueError(f"{tensor.name!r} is read, but the node that made it is gone")
-            list.__setitem__(tensor.outputs, slice(None), readers)
-        self._dirty.clear()
+        for node in self._gone:
+            for position, tensor in enumerate(node.inputs):
+                if (id(node), position) in self._uses.get(id(tensor), ()):
+                    raise ValueError(f"{tensor.name!r} is read by a node that is gone")
+            for output in node.outputs:
+                if output.inputs and output.inputs[0] is node and self._uses.get(id(output)):
+                    raise ValueError(f"{output.name!r} is read, but the node that made it is gone")
+        self._gone.clear()
+        self._put_in_order()
+
+    def _put_in_order(self) -> None:
+        captured = self._captured()
+        self.order = [
+            node for scope in self.scopes for node in _topological(scope.nodes, captured) if not self.is_erased(node)
+        ]
+        self._places = {}
+        for place, node in enumerate(self.order):
+            self._places.setdefault(node.op, []).append(place)
 
     # -- registering
 
     def _register(self, scope: Scope) -> None:
         self.scopes.append(scope)
+        scope.nodes = [import_node(proto) for proto in scope.proto.node]
         self._define_names(scope)
-        for proto, node in zip(scope.proto.node, scope.editor.nodes, strict=True):
-            _reject_bytes(node.name)
+        for proto, node in zip(scope.proto.node, scope.nodes, strict=True):
             self._scope[id(node)], self._proto[id(node)] = scope, proto
-        for proto, node in zip(scope.proto.node, scope.editor.nodes, strict=True):
-            for position, tensor in enumerate(node.inputs):
+            for position, name in enumerate(proto.input):
+                tensor = self._meant(scope, name)
+                node.inputs.append(tensor)
                 self._add_use(tensor, node, position)
             for attribute in proto.attribute:
                 self._register_bodies(scope, node, attribute)
         self._publish_outputs(scope)
-        self._dirty.clear()
 
     def _define_names(self, scope: Scope) -> None:
-        produced = (tensor for node in scope.editor.nodes for tensor in node.outputs)
-        for tensor in (*scope.editor.inputs, *_read_initializers(scope), *produced):
-            if tensor.is_empty():
-                continue
-            _reject_bytes(tensor.name)
-            if len(tensor.inputs) > 1:
-                raise InputError(f"not a valid ONNX model: two nodes produce the value {tensor.name!r}")
-            if scope.parent is not None and scope.parent.lookup(tensor.name) is not None:
-                scope.frozen = True  # GraphSurgeon takes it for the outer value of that name
-            self.adopt(scope, tensor)
+        if isinstance(scope.proto, GraphProto):
+            for tensor in (*scope.proto.initializer, *scope.proto.sparse_initializer):
+                self._define(scope, Constant(tensor))
+        for name in _names(scope.proto.input):
+            if name not in scope.names:  # before IR 4, and where a caller may replace it, it is an initializer, too
+                self._define(scope, Variable(name))
+        for proto, node in zip(scope.proto.node, scope.nodes, strict=True):
+            for name in proto.output:
+                output = scope.names.get(name) if name else ABSENT
+                if output is None:
+                    self._define(scope, output := Variable(name))
+                node.outputs.append(output)
+                if output is ABSENT:
+                    continue
+                if output.inputs:
+                    raise InputError(f"not a valid ONNX model: two nodes produce the value {name!r}")
+                output.inputs.append(node)
+
+    def _define(self, scope: Scope, tensor: gs.Tensor) -> None:
+        reject_bytes(tensor.name)
+        if scope.parent is not None and scope.parent.lookup(tensor.name) is not None:
+            scope.frozen = True  # outside, the name means something else
+        self.adopt(scope, tensor)
+
+    def _meant(self, scope: Scope, name: str) -> gs.Tensor:
+        """What a node reads under that name; what nobody makes is for the runtime to refuse."""
+        if not name:
+            return ABSENT
+        tensor = scope.lookup(name)
+        return self._unmade.setdefault(name, Variable(name)) if tensor is None else tensor
 
     def _register_bodies(self, scope: Scope, node: gs.Node, attribute: AttributeProto) -> None:
-        body = node.attrs.get(attribute.name)
-        if attribute.type == AttributeProto.GRAPH and isinstance(body, gs.Graph):
-            path = f"{scope.path}{node.name or node.outputs[0].name}/{attribute.name}/"
-            child = Scope(path, attribute.g, body, scope.opset, scope, node)
+        if attribute.type == AttributeProto.GRAPH and not attribute.ref_attr_name:
+            path = f"{scope.path}{_label(node)}/{attribute.name}/"
+            child = Scope(path, attribute.g, scope.opset, scope, node)
             scope.children.append(child)
             self._register(child)
             if child.frozen:
@@ -298,20 +334,27 @@ class Wiring:
                     self._publish(scope.lookup(name), f"captured inside {path[:-1]}")
         for graph in attribute.graphs:  # no standard operator has these; what they capture must stay
             for name in names_read(graph):
-                self._publish(scope.lookup(name), f"captured inside {node.name or node.outputs[0].name}")
+                self._publish(scope.lookup(name), f"captured inside {_label(node)}")
 
     def _publish_outputs(self, scope: Scope) -> None:
-        for tensor in scope.editor.outputs:
-            label = f"output {tensor.name!r} of {scope.path[:-1]}" if scope.path else f"graph output {tensor.name!r}"
-            self._publish(scope.lookup(tensor.name), label)
+        for name in _names(scope.proto.output):
+            label = f"output {name!r} of {scope.path[:-1]}" if scope.path else f"graph output {name!r}"
+            if (tensor := scope.lookup(name)) is not None:
+                scope.outputs.append(tensor)
+                self._publish(tensor, label)
 
     def _publish(self, tensor: gs.Tensor | None, label: str) -> None:
         if tensor is not None:
             self._public.setdefault(id(tensor), []).append(label)
 
-    def _ordered(self) -> list[gs.Node]:
-        captured = self._captured()
-        return [node for scope in self.scopes for node in _topological(list(scope.nodes()), captured)]
+    def _unread_initializers(self, model: onnx.ModelProto, dropped_inputs: Collection[str]) -> list[gs.Tensor]:
+        if model.training_info:  # which names initializers, too
+            return []
+        graph, main = model.graph, self.scopes[0]
+        kept = {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
+        kept |= {info.name for info in graph.input}.difference(dropped_inputs)
+        stored = (main.names[tensor.name] for tensor in graph.initializer if tensor.name not in kept)
+        return [tensor for tensor in stored if not self._uses.get(id(tensor)) and not self.public(tensor)]
 
     def _captured(self) -> dict[int, list[gs.Tensor]]:
         """What the bodies of a node read from outside of it, by the node's id."""
@@ -319,8 +362,8 @@ class Wiring:
         for scope in self.scopes:
             if scope.owner is None:
                 continue
-            read = [tensor for node in scope.nodes() for tensor in node.inputs]
-            for tensor in (*read, *scope.editor.outputs):
+            read = [tensor for node in scope.nodes for tensor in node.inputs]
+            for tensor in (*read, *scope.outputs):
                 home, outer = self.home(tensor), scope
                 while outer is not home and outer.owner is not None and outer.parent is not None:
                     captured.setdefault(id(outer.owner), []).append(tensor)
@@ -328,16 +371,14 @@ class Wiring:
         return captured
 
     def _add_use(self, tensor: gs.Tensor, node: gs.Node, position: int) -> None:
-        if not tensor.is_empty():
-            self._uses.setdefault(id(tensor), {})[id(node), position] = (node, position)
-            self._dirty[id(tensor)] = tensor
+        if tensor is not ABSENT:
+            self._uses.setdefault(id(tensor), {})[id(node), position] = node
 
     def _drop_use(self, tensor: gs.Tensor, node: gs.Node, position: int) -> None:
-        if tensor.is_empty():
+        if tensor is ABSENT:
             return
         uses = self._uses.get(id(tensor), {})
         uses.pop((id(node), position), None)
-        self._dirty[id(tensor)] = tensor
         if not uses:
             self._orphans[id(tensor)] = tensor
 
@@ -357,50 +398,21 @@ def has_references(node: gs.Node) -> bool:
     return any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values())
 
 
-def _reject_bytes(name: str | bytes) -> None:
-    """Protobuf hands out bytes for a name that is not UTF-8; raises `InputError` for one."""
-    if isinstance(name, bytes):
-        raise InputError(f"not a valid ONNX model: the name {name!r} is not UTF-8")
-
-
 def initializer_names(graph: GraphProto) -> set[str]:
     return {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
-
-
-def _unread_initializers(model: onnx.ModelProto, dropped_inputs: Collection[str]) -> list[str]:
-    if model.training_info:  # which names initializers, too
-        return []
-    graph = model.graph
-    annotated = {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
-    given = {info.name for info in graph.input}.difference(dropped_inputs)
-    needed = names_read(graph) | given | annotated
-    return [tensor.name for tensor in graph.initializer if tensor.name not in needed]
 
 
 def _opset(imports: Sequence[onnx.OperatorSetIdProto]) -> int:
     return next((entry.version for entry in imports if entry.domain in ("", "ai.onnx")), 0)
 
 
-def _read_initializers(scope: Scope) -> Iterator[gs.Constant]:
-    """The initializers that anybody reads, as the objects GraphSurgeon made of them."""
-    if not isinstance(scope.proto, GraphProto):
-        return
-    names = initializer_names(scope.proto)
-    graphs = [scope.editor, *_bodies(scope.editor.nodes)]
-    seen: set[int] = set()
-    for tensor in (tensor for graph in graphs for node in graph.nodes for tensor in node.inputs):
-        if isinstance(tensor, gs.Constant) and tensor.name in names and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
-    yield from (t for t in scope.editor.outputs if isinstance(t, gs.Constant) and id(t) not in seen)
+def _names(values: Iterable[onnx.ValueInfoProto | str]) -> Iterator[str]:
+    """Of the inputs or outputs of a graph, which have types, or of a function, which have none."""
+    return (value if isinstance(value, str) else value.name for value in values)
 
 
-def _bodies(nodes: Sequence[gs.Node]) -> Iterator[gs.Graph]:
-    for node in nodes:
-        for value in node.attrs.values():
-            if isinstance(value, gs.Graph):
-                yield value
-                yield from _bodies(value.nodes)
+def _label(node: gs.Node) -> str:
+    return str(node.name or (node.outputs[0].name if node.outputs else node.op))
 
 
 def _topological(nodes: list[gs.Node], captured: Mapping[int, Sequence[gs.Tensor]]) -> list[gs.Node]:
