@@ -190,7 +190,8 @@ def _job(
     progress: Progress | None = None,
 ) -> Job:
     """The job that is asked for; nothing of it is done."""
-    chosen = _select(passes, skip, shared_weights, max_growth)
+    installed = registry.load()
+    chosen = _select(installed, passes, skip, shared_weights, max_growth)
     source = open_source(
         model,
         output,
@@ -202,21 +203,23 @@ def _job(
         threshold=threshold,
     )
     job = Job(source, chosen, progress)
-    job.report.warnings += _set_aside(passes)
+    if passes is None:
+        job.report.warnings += map(str, installed.broken)
     return job
 
 
-def _select(passes: Iterable[str] | None, skip: Iterable[str], shared_weights: str, max_growth: int | None) -> Passes:
+def _select(
+    installed: registry.Registry,
+    passes: Iterable[str] | None,
+    skip: Iterable[str],
+    shared_weights: str,
+    max_growth: int | None,
+) -> Passes:
     _one_of("shared_weights", shared_weights, ("copy", "refuse"))
     if isinstance(passes, str) or isinstance(skip, str):
         raise InputError("passes and skip are lists of names")
     options: dict[str, Any] = {} if max_growth is None else {"max_growth": max_growth}
-    return registry.load().select(passes, skip, shared_weights=shared_weights, **options)
-
-
-def _set_aside(passes: Iterable[str] | None) -> list[str]:
-    """The installed passes that cannot be used, where all were asked for."""
-    return [str(broken) for broken in registry.load().broken] if passes is None else []
+    return installed.select(passes, skip, shared_weights=shared_weights, **options)
 
 
 def _check(

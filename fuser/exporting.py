@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fuser import registry
 from fuser.api import _as_verify, _check, _one_of, _select
 from fuser.errors import InputError, VerificationError
 from fuser.job import LARGE, UNVERIFIABLE, Check, Job, Progress
@@ -178,7 +179,7 @@ def export(
     _one_of("layout", layout, ("auto", "single", "external"))
     verify = _as_verify(verify)
     _refuse(module, export_options)
-    chosen = _select(passes, skip, shared_weights, max_growth)
+    chosen = _select(registry.load(), passes, skip, shared_weights, max_growth)
     if not isinstance(example_inputs, (tuple, list)):
         raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(example_inputs).__name__}")
     destination = Destination(Path(output), layout, threshold)

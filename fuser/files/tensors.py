@@ -127,9 +127,9 @@ def decode(raw: Bytes, data_type: int, dims: Sequence[int]) -> Array:
 def inline_array(tensor: onnx.TensorProto) -> Array:
     """The values of a tensor that holds them itself.  Raises `InputError` when they do not fill its shape."""
     if tensor.HasField("raw_data"):
-        raw = np.frombuffer(tensor.raw_data, np.uint8)
-        check_filled(tensor, raw.size)
-        return decode(raw, tensor.data_type, tensor.dims)
+        raw = tensor.raw_data
+        check_filled(tensor, len(raw))
+        return decode(np.frombuffer(raw, np.uint8), tensor.data_type, tensor.dims)
     try:
         array = onnx.numpy_helper.to_array(tensor)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:

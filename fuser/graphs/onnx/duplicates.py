@@ -63,6 +63,10 @@ def _attributes(wiring: Wiring, node: gs.Node) -> dict[str, bytes] | None:
     return {attribute.name: attribute.SerializeToString(deterministic=True) for attribute in proto.attribute}
 
 
+SHORT = 64
+"""Bytes that are no more than a hash of them."""
+
+
 class DuplicateConstants:
     """Finds constants of one type, shape and content; what was hashed once is not read again.
 
@@ -99,8 +103,7 @@ class DuplicateConstants:
 
     def _is_candidate(self, tensor: gs.Tensor) -> bool:
         home = self._wiring.home(tensor)
-        is_used = bool(self._wiring.uses(tensor) or self._wiring.public(tensor))
-        return is_used and tensor in self._known and home is not None and not home.frozen
+        return tensor in self._known and self._wiring.is_needed(tensor) and home is not None and not home.frozen
 
     def _visible(self, kept: Mapping[int, gs.Tensor], tensor: gs.Tensor) -> gs.Tensor | None:
         """What of `kept`, by scope, can be read where `tensor` is: initializers are there in bodies, too."""
@@ -131,6 +134,8 @@ class DuplicateConstants:
 
     def _hash(self, tensor: gs.Tensor, whole: bool) -> bytes:
         key, proto = (id(tensor), whole), self._proto(tensor)
+        if proto is not None and 0 < len(raw := proto.raw_data) <= SHORT:
+            return raw
         if proto is not None and key not in self._hashes:
             digest = hashlib.blake2b(digest_size=32)
             for piece in self._model.pieces(proto):

@@ -505,10 +505,14 @@ class OnnxGraph:
         """
         self.known.learn()
         self._readings.clear()
+        targets = {id(tensor) for node in self.wiring.of(["Reshape"]) for tensor in node.inputs[1:]}
         for node in self.wiring.order:
-            if self.wiring.is_erased(node) or any(self.wiring.public(output) for output in node.outputs):
+            makes_target = any(id(output) in targets for output in node.outputs)
+            if not (makes_target or self.known.is_foldable(node)) or self.wiring.is_erased(node):
                 continue
-            if (target := self._only_a_target(node)) is not None:
+            if any(self.wiring.public(output) for output in node.outputs):
+                continue
+            if makes_target and (target := self._only_a_target(node)) is not None:
                 yield Constant(node, node.outputs[0], elements_freed=0, elements_made=target.size)
             if self.wiring.is_erased(node) or not self.known.is_foldable(node):
                 continue

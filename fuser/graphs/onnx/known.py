@@ -15,9 +15,9 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from fuser.files import ModelFile
 from fuser.graph import Array, Dim
-from fuser.graphs.onnx.importing import Constant, names_read
+from fuser.graphs.onnx.importing import ABSENT, Constant, names_read
 from fuser.graphs.onnx.readers import OLDEST_OPSET
-from fuser.graphs.onnx.sizes import MAX_SIZES, SizeArithmetic
+from fuser.graphs.onnx.sizes import MAX_SIZES, SIZE_OPERATORS, SizeArithmetic
 from fuser.graphs.onnx.values import (
     EVALUABLE,
     CannotEvaluate,
@@ -186,7 +186,7 @@ class KnownValues:
     def learn(self) -> None:
         """Look again at what was not known: edits make shapes known, and sizes are made of shapes."""
         for node in self._wiring.order:
-            if not self._wiring.is_erased(node) and any(id(output) not in self._known for output in node.outputs):
+            if not all(id(output) in self._known for output in node.outputs) and not self._wiring.is_erased(node):
                 self._classify(node)
 
     def _target(self, tensor: gs.Tensor) -> Shape | None:
@@ -217,15 +217,17 @@ class KnownValues:
     # -- one sweep at the start
 
     def _classify(self, node: gs.Node) -> None:
-        if self._is_quantized(node):
-            self._quantized.update((id(output), output) for output in node.outputs)
+        if (self._quantized or node.op == "DequantizeLinear") and self._is_quantized(node):
+            self._quantized.update((id(output), output) for output in node.outputs if output is not ABSENT)
         elif self.is_foldable(node):
-            self._known.update((id(output), output) for output in node.outputs)
-        elif is_standard(node) and not self._wiring.scope(node).frozen and not has_references(node):
+            self._known.update((id(output), output) for output in node.outputs if output is not ABSENT)
+        elif node.op in SIZE_OPERATORS:
             self._classify_sizes(node)
 
     def _classify_sizes(self, node: gs.Node) -> None:
         """Sizes may be known where not all of the shape is that they are taken from."""
+        if not is_standard(node) or self._wiring.scope(node).frozen or has_references(node):
+            return
         sizes = self._sizes.visit(node)
         if sizes is None or not all(isinstance(size, int) for size in sizes.flat):
             return
@@ -448,8 +450,8 @@ class KnownValues:
     def _collect(self, scope: Scope, graph: GraphProto) -> None:
         assert self._types is not None
         for info in _infos(graph):
-            if info.name in scope.names:
-                self._types[id(scope.names[info.name])] = type_and_shape(info)
+            if (tensor := scope.names.get(info.name)) is not None:
+                self._types[id(tensor)] = type_and_shape(info)
         if scope.frozen:
             return
         children: dict[tuple[str, ...], list[Scope]] = {}

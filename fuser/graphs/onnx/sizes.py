@@ -198,3 +198,6 @@ _COMPUTED: dict[str, Callable[..., Sizes]] = {
     "Equal": _elementwise(_equal),
     "Where": _where,
 }
+
+SIZE_OPERATORS = frozenset({"Shape", *_COMPUTED})
+"""Those that `SizeArithmetic` understands."""

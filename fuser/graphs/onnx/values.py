@@ -10,12 +10,22 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, TensorShapeProto, helper, numpy_helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    TensorProto,
+    TensorShapeProto,
+    TypeProto,
+    helper,
+    numpy_helper,
+)
 
 from fuser.graph import Array, Dim
 
@@ -159,9 +169,16 @@ def attribute_value(attribute: onnx.AttributeProto) -> Any:
 
 def type_and_shape(info: onnx.ValueInfoProto) -> tuple[int, Shape | None]:
     """(element type, shape) of a tensor; (0, None) for sequences, maps and what is not stated."""
-    if not info.type.HasField("tensor_type"):
+    return _type_and_shape(info.type.SerializeToString())
+
+
+@lru_cache(maxsize=1 << 12)
+def _type_and_shape(serialized: bytes) -> tuple[int, Shape | None]:
+    """Many values of a model have the same type."""
+    value = TypeProto.FromString(serialized)
+    if not value.HasField("tensor_type"):
         return TensorProto.UNDEFINED, None
-    tensor = info.type.tensor_type
+    tensor = value.tensor_type
     if not tensor.HasField("shape"):
         return tensor.elem_type, None
     return tensor.elem_type, tuple(map(_size, tensor.shape.dim))
@@ -226,7 +243,9 @@ def are_worth_trusting(declared: Iterable[onnx.ValueInfoProto], inferred: Iterab
 
     A file that was exported for one batch, and given a name for its size later, declares sizes that are not true.
     """
-    found = {info.name: type_and_shape(info) for info in inferred}
+    declared = list(declared)
+    names = {info.name for info in declared}
+    found = {info.name: type_and_shape(info) for info in inferred if info.name in names}
     more = False
     for info in declared:
         told, (element_type, shape) = type_and_shape(info), found.get(info.name, (TensorProto.UNDEFINED, None))

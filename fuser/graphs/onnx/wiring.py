@@ -140,9 +140,13 @@ class Wiring:
         """Who needs the tensor under its very name: outputs, and captures where nothing may change."""
         return self._public.get(id(tensor), [])
 
+    def is_needed(self, tensor: gs.Tensor) -> bool:
+        """Whether anybody reads the tensor."""
+        return bool(self._uses.get(id(tensor))) or id(tensor) in self._public
+
     def is_read(self, node: gs.Node) -> bool:
         """Whether anybody reads an output of the node."""
-        return any(self._uses.get(id(output)) or id(output) in self._public for output in node.outputs)
+        return any(map(self.is_needed, node.outputs))
 
     def is_erased(self, node: gs.Node) -> bool:
         return id(node) in self.erased
@@ -241,7 +245,7 @@ class Wiring:
         """Drop what the edits orphaned: constants without readers, and nodes that only fed what is gone."""
         while self._orphans:
             key, tensor = self._orphans.popitem()
-            if self._uses.get(key) or key in self._public or key in keep:
+            if key in keep or self.is_needed(tensor):
                 continue
             if isinstance(tensor, Constant):
                 scope = self._home[key]
@@ -354,7 +358,7 @@ class Wiring:
         kept = {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
         kept |= {info.name for info in graph.input}.difference(dropped_inputs)
         stored = (main.names[tensor.name] for tensor in graph.initializer if tensor.name not in kept)
-        return [tensor for tensor in stored if not self._uses.get(id(tensor)) and not self.public(tensor)]
+        return [tensor for tensor in stored if not self.is_needed(tensor)]
 
     def _captured(self) -> dict[int, list[gs.Tensor]]:
         """What the bodies of a node read from outside of it, by the node's id."""
