@@ -286,7 +286,7 @@ def _first_row(bias: Array, channels: Sequence[int]) -> Array:
 
 
 def _float64(array: Array) -> Array:
-    return np.asarray(array).astype(np.float64)
+    return np.asarray(array, np.float64)
 
 
 def _rows(factor: Array, rows: slice) -> Array:

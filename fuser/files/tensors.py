@@ -111,17 +111,19 @@ def _type_name(data_type: int) -> str:
     return str(names.Name(data_type)) if data_type in names.values() else f"number {data_type}"
 
 
-def decode(raw: Bytes, data_type: int, dims: Sequence[int]) -> Array:
+def decode(raw: bytes | Bytes, data_type: int, dims: Sequence[int]) -> Array:
     """Stored bytes as an array; a view of them unless the type is packed."""
     dtype, bits = FORMATS[data_type]
-    if bits < 8:
-        raw = _unpack(raw, bits)[: math.prod(dims)]
-        if dtype.name.startswith("int"):  # two's complement of `bits` bits, widened to eight
-            signed: Array = (raw << (8 - bits)).view(np.int8) >> (8 - bits)
-            return signed.astype(dtype).reshape(dims)
-        if dtype.name.startswith("uint"):
-            return raw.astype(dtype).reshape(dims)
-    return raw.view(dtype).reshape(dims)
+    if bits == 8 * dtype.itemsize:
+        array: Array = np.ndarray(tuple(dims), dtype, raw)
+        return array
+    codes = _unpack(np.frombuffer(raw, np.uint8), bits)[: math.prod(dims)]
+    if dtype.name.startswith("int"):  # two's complement of `bits` bits, widened to eight
+        signed: Array = (codes << (8 - bits)).view(np.int8) >> (8 - bits)
+        return signed.astype(dtype).reshape(dims)
+    if dtype.name.startswith("uint"):
+        return codes.astype(dtype).reshape(dims)
+    return codes.view(dtype).reshape(dims)
 
 
 def inline_array(tensor: onnx.TensorProto) -> Array:
@@ -129,7 +131,7 @@ def inline_array(tensor: onnx.TensorProto) -> Array:
     if tensor.HasField("raw_data"):
         raw = tensor.raw_data
         check_filled(tensor, len(raw))
-        return decode(np.frombuffer(raw, np.uint8), tensor.data_type, tensor.dims)
+        return decode(raw, tensor.data_type, tensor.dims)
     try:
         array = onnx.numpy_helper.to_array(tensor)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:

@@ -6,13 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import onnx
-import onnx_graphsurgeon as gs
 from google.protobuf.message import Message
 from onnx import GraphProto, NodeProto
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from fuser.graphs.onnx.importing import IN_EDITOR
-from fuser.graphs.onnx.wiring import Scope, Wiring
+from fuser.graphs.onnx.editor import IN_EDITOR, Node, Scope
+from fuser.graphs.onnx.wiring import Wiring
 
 ORIGIN = "fuser.folded"
 """The metadata key under which a node names what was folded into it."""
@@ -40,12 +39,12 @@ def patch(
 def _patch_nodes(scope: Scope, wiring: Wiring, origins: Mapping[int, Sequence[str]], ir_version: int) -> None:
     kept = []
     for node in scope.nodes:
-        if wiring.is_erased(node):
+        if node.erased:
             continue
-        proto = wiring.proto(node)
+        proto = node.proto
         if proto is None:
             proto = OnnxExporter.export_node(node)
-        elif id(node) in wiring.touched:
+        elif node.touched:
             _patch_node(node, proto, wiring.new_attributes.get(id(node), ()))
         if id(node) in origins:
             _record_origins(proto, origins[id(node)], ir_version)
@@ -53,7 +52,7 @@ def _patch_nodes(scope: Scope, wiring: Wiring, origins: Mapping[int, Sequence[st
     _refill(scope.proto, "node", kept)
 
 
-def _patch_node(node: gs.Node, proto: NodeProto, new_attributes: Collection[str]) -> None:
+def _patch_node(node: Node, proto: NodeProto, new_attributes: Collection[str]) -> None:
     proto.op_type = node.op
     del proto.input[:], proto.output[:]
     proto.input.extend(tensor.name for tensor in node.inputs)
@@ -77,7 +76,7 @@ def _record_origins(proto: NodeProto, origins: Sequence[str], ir_version: int) -
 
 def _patch_tensors(scope: Scope, graph: GraphProto, wiring: Wiring, removed_inputs: set[str], ir_version: int) -> None:
     new = [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
-    made = {tensor.name for node in scope.nodes if not wiring.is_erased(node) for tensor in node.outputs}
+    made = {tensor.name for node in scope.nodes if not node.erased for tensor in node.outputs}
     dropped = scope.dropped - made
     initializers = {tensor.name for tensor in graph.initializer}
     unwanted = removed_inputs | (dropped & initializers)

@@ -6,13 +6,11 @@ import hashlib
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
-import onnx_graphsurgeon as gs
 from onnx import TensorProto
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from fuser.files import ModelFile
-from fuser.graphs.onnx.importing import IN_EDITOR, Constant
-from fuser.graphs.onnx.known import KnownValues
+from fuser.graphs.onnx.editor import ABSENT, IN_EDITOR, Constant, Node, Tensor
 from fuser.graphs.onnx.wiring import Wiring, is_standard, operator
 
 T = TypeVar("T")
@@ -26,11 +24,11 @@ _NEVER_TWINS = frozenset(
 )
 
 
-def duplicate_nodes(wiring: Wiring) -> Iterator[tuple[gs.Node, gs.Node]]:
+def duplicate_nodes(wiring: Wiring) -> Iterator[tuple[Node, Node]]:
     """(node, an earlier one in its scope that computes the same); each node is looked at when it is reached."""
-    seen: dict[Hashable, list[gs.Node]] = {}
+    seen: dict[Hashable, list[Node]] = {}
     for node in wiring.order:
-        if wiring.is_erased(node) or node.op in _NEVER_TWINS or not is_standard(node) or wiring.scope(node).frozen:
+        if node.erased or node.op in _NEVER_TWINS or not is_standard(node) or node.scope.frozen:
             continue
         earlier = seen.setdefault(_call(wiring, node), [])
         twin = next((other for other in earlier if _have_equal_attributes(wiring, node, other)), None)
@@ -40,25 +38,25 @@ def duplicate_nodes(wiring: Wiring) -> Iterator[tuple[gs.Node, gs.Node]]:
             yield node, twin
 
 
-def _call(wiring: Wiring, node: gs.Node) -> Hashable:
+def _call(wiring: Wiring, node: Node) -> Hashable:
     """What is called on which operands, for which outputs."""
-    operands = [0 if tensor.is_empty() else id(tensor) for tensor in node.inputs]
+    operands = [0 if tensor is ABSENT else id(tensor) for tensor in node.inputs]
     while operands and not operands[-1]:
         operands.pop()
-    return node.op, id(wiring.scope(node)), tuple(operands), tuple(output.is_empty() for output in node.outputs)
+    return node.op, id(node.scope), tuple(operands), tuple(output is ABSENT for output in node.outputs)
 
 
-def _have_equal_attributes(wiring: Wiring, a: gs.Node, b: gs.Node) -> bool:
+def _have_equal_attributes(wiring: Wiring, a: Node, b: Node) -> bool:
     left, right = _attributes(wiring, a), _attributes(wiring, b)
     return left is not None and left == right
 
 
-def _attributes(wiring: Wiring, node: gs.Node) -> dict[str, bytes] | None:
+def _attributes(wiring: Wiring, node: Node) -> dict[str, bytes] | None:
     """The attributes by name, as bytes: a float equals another by its bits.  None for a node with a body."""
-    proto = wiring.proto(node)
+    proto = node.proto
     if proto is not None and any(attribute.type not in IN_EDITOR for attribute in proto.attribute):
         return None
-    if proto is None or id(node) in wiring.touched:
+    if proto is None or node.touched:
         proto = OnnxExporter.export_node(node)
     return {attribute.name: attribute.SerializeToString(deterministic=True) for attribute in proto.attribute}
 
@@ -73,41 +71,39 @@ class DuplicateConstants:
     A tensor is only read where another has its type and shape, and only as a whole where another begins as it does.
     """
 
-    def __init__(self, model: ModelFile, wiring: Wiring, known: KnownValues) -> None:
-        self._model, self._wiring, self._known = model, wiring, known
+    def __init__(self, model: ModelFile, wiring: Wiring) -> None:
+        self._model, self._wiring = model, wiring
         self._hashes: dict[tuple[int, bool], bytes] = {}
 
-    def __iter__(self) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """(constant, an equal one that is there wherever it is)."""
-        keys: Sequence[Callable[[gs.Tensor], Hashable]] = (self._form, self._beginning, self._content)
-        groups: list[list[gs.Tensor]] = [list(self._stored())]
+        keys: Sequence[Callable[[Tensor], Hashable]] = (self._form, self._beginning, self._content)
+        groups: list[list[Tensor]] = [list(self._stored())]
         for key in keys:
             groups = [part for group in groups for part in _parts(group, key) if len(part) > 1]
         for group in groups:
-            kept: dict[int, gs.Tensor] = {}
+            kept: dict[int, Tensor] = {}
             for tensor in group:
                 twin = self._visible(kept, tensor)
                 if twin is None:
-                    kept[id(self._wiring.home(tensor))] = tensor
+                    kept[id(tensor.home)] = tensor
                 else:
                     yield tensor, twin
 
-    def _stored(self) -> Iterator[gs.Tensor]:
+    def _stored(self) -> Iterator[Tensor]:
         """Initializers, those that are outputs first as their names have to stay, and what Constant nodes make."""
         initializers = [tensor for scope in self._wiring.scopes for tensor in scope.names.values() if not tensor.inputs]
-        nodes = [
-            node for node in self._wiring.order if operator(node) == "Constant" and not self._wiring.is_erased(node)
-        ]
-        yield from filter(self._is_candidate, sorted(initializers, key=lambda t: not self._wiring.public(t)))
+        nodes = [node for node in self._wiring.order if operator(node) == "Constant" and not node.erased]
+        yield from filter(self._is_candidate, sorted(initializers, key=lambda t: not t.public))
         yield from filter(self._is_candidate, (node.outputs[0] for node in nodes))
 
-    def _is_candidate(self, tensor: gs.Tensor) -> bool:
-        home = self._wiring.home(tensor)
-        return tensor in self._known and self._wiring.is_needed(tensor) and home is not None and not home.frozen
+    def _is_candidate(self, tensor: Tensor) -> bool:
+        home = tensor.home
+        return tensor.known and tensor.is_needed and home is not None and not home.frozen
 
-    def _visible(self, kept: Mapping[int, gs.Tensor], tensor: gs.Tensor) -> gs.Tensor | None:
+    def _visible(self, kept: Mapping[int, Tensor], tensor: Tensor) -> Tensor | None:
         """What of `kept`, by scope, can be read where `tensor` is: initializers are there in bodies, too."""
-        scope = self._wiring.home(tensor)
+        scope = tensor.home
         twin = kept.get(id(scope))
         while twin is None and scope is not None:
             scope = scope.parent
@@ -115,33 +111,33 @@ class DuplicateConstants:
             twin = outer if outer is not None and not outer.inputs else None
         return twin
 
-    def _proto(self, tensor: gs.Tensor) -> TensorProto | None:
+    def _proto(self, tensor: Tensor) -> TensorProto | None:
         """Where the values are; a Constant node may also state them as numbers."""
         stored = tensor.inputs[0].attrs.get("value") if tensor.inputs else tensor
         return stored.proto if isinstance(stored, Constant) else None
 
-    def _form(self, tensor: gs.Tensor) -> Hashable:
+    def _form(self, tensor: Tensor) -> Hashable:
         proto = self._proto(tensor)
         if proto is None or proto.data_type == TensorProto.STRING:
             return id(tensor)
         return proto.data_type, tuple(proto.dims)
 
-    def _beginning(self, tensor: gs.Tensor) -> bytes:
+    def _beginning(self, tensor: Tensor) -> bytes:
         return self._hash(tensor, whole=False)
 
-    def _content(self, tensor: gs.Tensor) -> bytes:
+    def _content(self, tensor: Tensor) -> bytes:
         return self._hash(tensor, whole=True)
 
-    def _hash(self, tensor: gs.Tensor, whole: bool) -> bytes:
+    def _hash(self, tensor: Tensor, whole: bool) -> bytes:
         key, proto = (id(tensor), whole), self._proto(tensor)
-        if proto is not None and 0 < len(raw := proto.raw_data) <= SHORT:
-            return raw
         if proto is not None and key not in self._hashes:
-            digest = hashlib.blake2b(digest_size=32)
-            for piece in self._model.pieces(proto):
+            pieces = self._model.pieces(proto)
+            first = next(pieces, b"")
+            if len(first) <= SHORT:
+                return bytes(first)
+            digest = hashlib.blake2b(first, digest_size=32)
+            for piece in pieces if whole else ():
                 digest.update(piece)
-                if not whole:
-                    break
             self._hashes[key] = digest.digest()
         return self._hashes[key]
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from onnx import GraphProto, TensorProto
 
 from fuser import costs
@@ -21,8 +20,8 @@ from fuser.files import ModelFile
 from fuser.graph import Array, Reader, Summary
 from fuser.graphs.onnx import carrier
 from fuser.graphs.onnx.duplicates import DuplicateConstants, duplicate_nodes
-from fuser.graphs.onnx.importing import Constant as StoredConstant
-from fuser.graphs.onnx.importing import Node, Variable
+from fuser.graphs.onnx.editor import ABSENT, Node, Scope, Tensor, Variable
+from fuser.graphs.onnx.editor import Constant as StoredConstant
 from fuser.graphs.onnx.known import KnownValues
 from fuser.graphs.onnx.readers import (
     MEASURED,
@@ -38,7 +37,7 @@ from fuser.graphs.onnx.readers import (
 )
 from fuser.graphs.onnx.sequences import split_sequence
 from fuser.graphs.onnx.values import CannotEvaluate, Shape, elements, numpy_dtype
-from fuser.graphs.onnx.wiring import Scope, Wiring, initializer_names, is_standard, operator
+from fuser.graphs.onnx.wiring import Wiring, initializer_names, is_standard, operator
 from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
     SMALL_CONSTANT,
@@ -118,7 +117,7 @@ class OnnxGraph:
 
         self.wiring = Wiring(model.proto, self._removed)
         self.known = KnownValues(model, self.wiring, set() if formal else backed, frozen=freeze_inputs)
-        self._duplicate_constants = DuplicateConstants(model, self.wiring, self.known)
+        self._duplicate_constants = DuplicateConstants(model, self.wiring)
         self.wiring.scopes[0].changed = bool(self._removed)
         opset = self.wiring.scopes[0].opset
         self.notes = [] if opset >= OLDEST_OPSET else [_too_old(opset)]
@@ -128,7 +127,7 @@ class OnnxGraph:
         self._read_at = 0
         self._taken = {name for scope in self.wiring.scopes for name in scope.names} | initializer_names(graph)
         self._taken.update(node.name for node in self.wiring.order)
-        self._node_names = Counter(self.wiring.scope(node).path + node.name for node in self.wiring.order)
+        self._node_names = Counter(node.scope.path + node.name for node in self.wiring.order)
 
     # -- reading
 
@@ -156,7 +155,7 @@ class OnnxGraph:
                 if isinstance(op, kind) and op.node is node:
                     yield op
 
-    def read(self, node: gs.Node) -> Op | None:
+    def read(self, node: Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
         if self._read_at != self.edits:  # a reading holds until the next edit
             self._readings.clear()
@@ -165,8 +164,8 @@ class OnnxGraph:
             self._readings[id(node)] = self._read(node)
         return self._readings[id(node)]
 
-    def _read(self, node: gs.Node) -> Op | None:
-        scope = self.wiring.scope(node)
+    def _read(self, node: Node) -> Op | None:
+        scope = node.scope
         if node.op not in READERS or not self._is_read_here(node):
             return None
         try:
@@ -181,15 +180,15 @@ class OnnxGraph:
         return None if node is None else self.read(node)
 
     def readers(self, value: Value) -> Sequence[Reader]:
-        home, constant = self.wiring.home(value), value in self.known
+        home, constant = value.home, value.known
         found = []
-        for node, position in self.wiring.uses(value):
+        for node, position in value.uses():
             if constant and self.known.is_foldable(node):  # it is computed ahead of run time, like the value itself
                 continue
             # An op inside a body may run many times or never: outside, it is a reader without a meaning.
-            op = self.read(node) if self.wiring.scope(node) is home else None
+            op = self.read(node) if node.scope is home else None
             found.append(Reader(self._node_name(node), op, is_standard(node) and (node.op, position) in MEASURED))
-        return found + [Reader(name, None) for name in self.wiring.public(value)]
+        return found + [Reader(name, None) for name in value.public]
 
     def constant(self, value: Value) -> Array | Missed:
         return self.known.value(value)
@@ -215,16 +214,13 @@ class OnnxGraph:
             value = operands[0]
 
     def can_vanish(self, op: Op, by: Value) -> bool:
-        return all(
-            not self.wiring.public(output) or self._can_write(value, op) for output, value in self._pairs(op, by)
-        )
+        return all(not output.public or self._can_write(value, op) for output, value in self._pairs(op, by))
 
     def is_stable(self, value: Value) -> bool:
         return True  # ONNX has values, not memory
 
     def freed(self, value: Value) -> int:
-        uses = self.wiring.uses(value)
-        return self._freed([value], uses[0][0]) if len(uses) == 1 else 0
+        return self._freed([value], next(iter(value.slots.values()))) if len(value.slots) == 1 else 0
 
     def refuses_padding(self, op: Conv | AveragePool | MaxPool, pad: Pad, padding: Padding) -> Missed | None:
         return None  # any sides, any sizes
@@ -240,7 +236,7 @@ class OnnxGraph:
         return self._node_name(x.node) if x.node is not None else self._constant_name(x.output)
 
     def summary(self) -> Summary:
-        alive = [node for node in self.wiring.order if not self.wiring.is_erased(node)]
+        alive = [node for node in self.wiring.order if not node.erased]
         summary = Summary(dict(Counter(node.op for node in alive)))
         stored = [node.attrs["value"] for node in alive if isinstance(node.attrs.get("value"), StoredConstant)]
         for scope in self.wiring.scopes:
@@ -260,7 +256,7 @@ class OnnxGraph:
         summary.multiply_adds = self._multiply_adds(alive)
         return summary
 
-    def _multiply_adds(self, nodes: Sequence[gs.Node]) -> int | None:
+    def _multiply_adds(self, nodes: Sequence[Node]) -> int | None:
         main = self.wiring.scopes[0]
         inputs = (self.known.shape(main.names[info.name]) for info in self._model.proto.graph.input)
         batch = {shape[0] for shape in inputs if shape and isinstance(shape[0], str)}
@@ -273,7 +269,7 @@ class OnnxGraph:
             if len(node.inputs) < 2 or not node.outputs:  # not a legal node
                 return None
             x, w, y = (costs.per_sample(self.known.shape(t), batch) for t in (*node.inputs[:2], node.outputs[0]))
-            if not x or not w or y is None or self.wiring.scope(node) is not self.wiring.scopes[0]:
+            if not x or not w or y is None or node.scope is not self.wiring.scopes[0]:
                 return None
             if node.op.startswith("Conv"):
                 total += costs.conv(x, w, y, transposed=node.op == "ConvTranspose")
@@ -283,39 +279,39 @@ class OnnxGraph:
 
     # -- reading, for the dialect
 
-    def uses(self, value: gs.Tensor) -> list[tuple[gs.Node, int]]:
+    def uses(self, value: Tensor) -> list[tuple[Node, int]]:
         """(node, position) of each input slot that reads `value`."""
-        return self.wiring.uses(value)
+        return value.uses()
 
-    def is_public(self, value: gs.Tensor) -> bool:
+    def is_public(self, value: Tensor) -> bool:
         """Whether the value is needed under its very name."""
-        return bool(self.wiring.public(value))
+        return bool(value.public)
 
-    def is_known(self, value: gs.Tensor) -> bool:
+    def is_known(self, value: Tensor) -> bool:
         """Whether the value is known before run time, without computing it."""
-        return value in self.known
+        return value.known
 
-    def is_zero(self, value: gs.Tensor) -> bool:
+    def is_zero(self, value: Tensor) -> bool:
         """Whether all elements of a known value are zeros."""
         if id(value) not in self._zeros:
             array = self.known.value(value)
             self._zeros[id(value)] = not isinstance(array, Missed) and not array.any()
         return self._zeros[id(value)]
 
-    def element_type(self, value: gs.Tensor) -> int | None:
+    def element_type(self, value: Tensor) -> int | None:
         """The ONNX element type, where it is known."""
         return self.known.element_type(value)
 
-    def same_scope(self, a: gs.Node, b: gs.Node) -> bool:
-        return self.wiring.scope(a) is self.wiring.scope(b)
+    def same_scope(self, a: Node, b: Node) -> bool:
+        return a.scope is b.scope
 
-    def producer(self, value: gs.Tensor) -> gs.Node | None:
+    def producer(self, value: Tensor) -> Node | None:
         return value.inputs[0] if value.inputs else None
 
     # -- editing
 
     def set_constants(self, op: Op, **arrays: Array | None) -> None:
-        node: gs.Node = op.node
+        node: Node = op.node
         weight = arrays.get("weight")
         if isinstance(op, Conv | Linear) and weight is not None and self._resizes(op, weight):
             groups = op.groups if isinstance(op, Conv) and op.transposed else 1
@@ -333,7 +329,7 @@ class OnnxGraph:
         self.edits += 1
 
     def set_padding(self, op: Conv | AveragePool | MaxPool, padding: Padding) -> None:
-        node: gs.Node = op.node
+        node: Node = op.node
         self.wiring.set_attribute(node, "pads", [before for before, _ in padding] + [after for _, after in padding])
         node.attrs.pop("auto_pad", None)
         if isinstance(op, AveragePool):
@@ -380,7 +376,7 @@ class OnnxGraph:
         self.edits += 1
 
     def set_ranges(self, op: Slice, ranges: Sequence[Range]) -> None:
-        node, scope = op.node, self.wiring.scope(op.node)
+        node, scope = op.node, op.node.scope
         axes, *bounds = zip(*ranges, strict=True)
         numbers = dict(zip(("starts", "ends", "axes", "steps"), (bounds[0], bounds[1], axes, bounds[2]), strict=True))
         if scope.opset < SLICE_TAKES_RANGES_SINCE:
@@ -404,7 +400,7 @@ class OnnxGraph:
         self.wiring.set_attribute(op.node, "keepdims", int(not op.keeps_axes))
         self.wiring.erase(reshape.node)
         self.wiring.set_output(op.node, op.output, reshape.output)
-        self.wiring.scope(op.node).dropped.add(op.output.name)
+        op.node.scope.dropped.add(op.output.name)
         self._note_origin(op.node, reshape.node)
         self.edits += 1
 
@@ -427,35 +423,35 @@ class OnnxGraph:
         self.edits += 1
 
     def _reshape_to(self, op: Movement, target: Sequence[int]) -> None:
-        node: gs.Node = op.node
+        node: Node = op.node
         shape = np.array(target, np.int64)
         self.wiring.truncate_inputs(node, 1)
-        constant = self._new_constant(self.wiring.scope(node), f"{op.output.name}.shape", shape, node)
+        constant = self._new_constant(node.scope, f"{op.output.name}.shape", shape, node)
         self.wiring.set_input(node, 1, constant)
         node.op = "Reshape"
         node.attrs.clear()
         self.edits += 1
 
     def replace_with_constant(self, op: Op) -> None:
-        node: gs.Node = op.node
+        node: Node = op.node
         for output in node.outputs:
-            uses = self.wiring.uses(output)
+            uses = output.uses()
             if not uses:
                 continue
-            value = self.known.evaluate(output) if output in self.known else self._only_a_target(node)
+            value = self.known.evaluate(output) if output.known else self._only_a_target(node)
             assert value is not None  # otherwise it is no `Constant`
-            constant = self._new_constant(self.wiring.scope(node), output.name, value, node)
+            constant = self._new_constant(node.scope, output.name, value, node)
             for reader, position in uses:
                 self.wiring.set_input(reader, position, constant)
         self.wiring.erase(node)
         self.edits += 1
 
     def split(self, op: SplitSequence) -> None:
-        node, scope = op.node, self.wiring.scope(op.node)
+        node, scope = op.node, op.node.scope
         assert op.sizes is not None
         outputs = [Variable(self._fresh(f"{op.output.name}_{i}")) for i in range(len(op.sizes))]
         for index, value in op.taken:
-            self.wiring.erase(self.producer(value))
+            self.wiring.erase(value.inputs[0])
             outputs[index] = value
         attributes: dict[str, int | list[int]] = {"axis": op.axis}
         inputs = [op.input]
@@ -489,12 +485,10 @@ class OnnxGraph:
             carrier.patch(self._model.proto, self.wiring, self._origins, self._removed)
         return self._model
 
-    def _is_read_here(self, node: gs.Node) -> bool:
+    def _is_read_here(self, node: Node) -> bool:
         """Whether nodes like this one, where it is, are understood at all."""
-        scope = self.wiring.scope(node)
-        return (
-            is_standard(node) and scope.opset >= OLDEST_OPSET and not scope.frozen and not self.wiring.is_erased(node)
-        )
+        scope = node.scope
+        return is_standard(node) and scope.opset >= OLDEST_OPSET and not scope.frozen and not node.erased
 
     # -- ops that are found, not read
 
@@ -508,23 +502,23 @@ class OnnxGraph:
         targets = {id(tensor) for node in self.wiring.of(["Reshape"]) for tensor in node.inputs[1:]}
         for node in self.wiring.order:
             makes_target = any(id(output) in targets for output in node.outputs)
-            if not (makes_target or self.known.is_foldable(node)) or self.wiring.is_erased(node):
+            if not (makes_target or self.known.is_foldable(node)) or node.erased:
                 continue
-            if any(self.wiring.public(output) for output in node.outputs):
+            if any(output.public for output in node.outputs):
                 continue
             if makes_target and (target := self._only_a_target(node)) is not None:
                 yield Constant(node, node.outputs[0], elements_freed=0, elements_made=target.size)
-            if self.wiring.is_erased(node) or not self.known.is_foldable(node):
+            if node.erased or not self.known.is_foldable(node):
                 continue
-            readers = [reader for output in node.outputs for reader, _ in self.wiring.uses(output)]
+            readers = [reader for output in node.outputs for reader in output.slots.values()]
             if all(self.known.is_foldable(reader) for reader in readers):
                 continue
             if (op := self._as_constant(node)) is not None:
                 yield op
-                if not self.wiring.is_erased(node):
+                if not node.erased:
                     yield from self._small_constants_behind(node)
 
-    def _small_constants_behind(self, node: gs.Node) -> Iterator[Constant]:
+    def _small_constants_behind(self, node: Node) -> Iterator[Constant]:
         pending, seen = [node], {id(node)}
         while pending:
             for tensor in list(pending.pop().inputs):
@@ -536,27 +530,27 @@ class OnnxGraph:
                 op = self._as_constant(producer) if size is None or size <= SMALL_CONSTANT else None
                 if op is not None and op.elements_made <= SMALL_CONSTANT:
                     yield op
-                if not self.wiring.is_erased(producer):
+                if not producer.erased:
                     pending.append(producer)
 
-    def _as_constant(self, node: gs.Node) -> Constant | None:
-        if node.op == "Constant" and not self._holds_initializers(self.wiring.scope(node)):
+    def _as_constant(self, node: Node) -> Constant | None:
+        if node.op == "Constant" and not self._holds_initializers(node.scope):
             return None
-        if any(self.wiring.public(output) for output in node.outputs):
+        if any(output.public for output in node.outputs):
             return None
         try:
-            made = sum(self.known.evaluate(output).size for output in node.outputs if self.wiring.uses(output))
+            made = sum(self.known.evaluate(output).size for output in node.outputs if output.slots)
         except CannotEvaluate:
             return None
         freed = made if node.op == "Constant" else self._freed(node.inputs, node)
         return Constant(node, node.outputs[0], elements_freed=freed, elements_made=made)
 
-    def _only_a_target(self, node: gs.Node) -> Array | None:
+    def _only_a_target(self, node: Node) -> Array | None:
         """What may stand for the output of a node that only Reshapes read, as their target; see `reshape_target`."""
-        output = node.outputs[0] if len(node.outputs) == 1 else None
-        uses = [] if output is None or output in self.known else self.wiring.uses(output)
+        if len(node.outputs) != 1 or (output := node.outputs[0]).known:
+            return None
         targets: list[Array] = []
-        for reader, position in uses:
+        for reader, position in output.uses():
             if reader.op != "Reshape" or position != 1 or not is_standard(reader) or reader.attrs.get("allowzero"):
                 return None
             target = self.known.reshape_target(output, reader.inputs[0])
@@ -565,21 +559,21 @@ class OnnxGraph:
             targets.append(target)
         return targets[0] if targets else None
 
-    def _freed(self, tensors: Sequence[gs.Tensor], reader: gs.Node) -> int:
+    def _freed(self, tensors: Sequence[Tensor], reader: Node) -> int:
         """How many elements of constants nobody reads any more once `reader` does not read `tensors`."""
         freed, going, pending = 0, {id(reader)}, list(tensors)
         counted: set[int] = set()
         while pending:
             tensor = pending.pop()
-            if tensor.is_empty() or id(tensor) in counted or self.wiring.public(tensor):
+            if tensor is ABSENT or id(tensor) in counted or tensor.public:
                 continue
-            if not all(id(user) in going for user, _ in self.wiring.uses(tensor)):
+            if not all(id(user) in going for user in tensor.slots.values()):
                 continue  # seen again with the next of its readers that goes
             counted.add(id(tensor))
             producer = self.producer(tensor)
             if producer is None or operator(producer) == "Constant":
                 freed += elements(self.known.shape(tensor) or ()) or 0
-            elif all(output is tensor or not self.wiring.uses(output) for output in producer.outputs):
+            elif all(output is tensor or not output.slots for output in producer.outputs):
                 going.add(id(producer))
                 pending += producer.inputs
         return freed
@@ -587,7 +581,7 @@ class OnnxGraph:
     def _dead_ops(self) -> Iterator[Dead]:
         """From the end to the start, so that what feeds only dead nodes is dead when it is reached."""
         for node in reversed(self.wiring.order):
-            if self.wiring.is_erased(node) or not is_standard(node) or self.wiring.scope(node).frozen:
+            if node.erased or not is_standard(node) or node.scope.frozen:
                 continue
             if not self.wiring.is_read(node):
                 yield Dead(node, node.outputs[0] if node.outputs else None)
@@ -597,39 +591,40 @@ class OnnxGraph:
 
     def _duplicate_ops(self) -> Iterator[Duplicate]:
         for node, twin in duplicate_nodes(self.wiring):
-            output, by = next((y, z) for y, z in zip(node.outputs, twin.outputs, strict=True) if not y.is_empty())
+            output, by = next((y, z) for y, z in zip(node.outputs, twin.outputs, strict=True) if y is not ABSENT)
             yield Duplicate(node, output, by)
 
     # -- small edits
 
-    def _pairs(self, op: Op, by: gs.Tensor) -> list[tuple[gs.Tensor, gs.Tensor]]:
+    def _pairs(self, op: Op, by: Tensor) -> list[tuple[Tensor, Tensor]]:
         """(output, what its readers are to read)."""
         if not isinstance(op, Duplicate):
             return [(op.output, by)]
         twins = by.inputs[0].outputs
-        return [(output, twin) for output, twin in zip(op.node.outputs, twins, strict=True) if not output.is_empty()]
+        return [(output, twin) for output, twin in zip(op.node.outputs, twins, strict=True) if output is not ABSENT]
 
-    def _can_write(self, value: gs.Tensor, op: Op) -> bool:
+    def _can_write(self, value: Tensor, op: Op) -> bool:
         """Whether the producer of `value` can write under the name of the op's output."""
         producer = self.producer(value)
-        if producer is None or op.node is None or self.wiring.public(value):
+        if producer is None or op.node is None or value.public:
             return False
         return self.same_scope(producer, op.node)
 
-    def _redirect(self, output: gs.Tensor, value: gs.Tensor, *, may_rename: bool) -> None:
+    def _redirect(self, output: Tensor, value: Tensor, *, may_rename: bool) -> None:
         """Readers of `output`, whose node is gone, read `value`.
 
         may_rename: they are alike in type and shape.
         """
         if may_rename:
             self.known.inherit(value, output)
-        readers, others = self.wiring.uses(output), self.wiring.uses(value)
+        readers, others = output.uses(), value.uses()
         producer = self.producer(value)
         renames = may_rename and producer is not None and not others and self.same_scope(producer, output.inputs[0])
-        if self.wiring.public(output) or (renames and not self.wiring.public(value)):
+        if output.public or (renames and not value.public):
+            assert producer is not None  # otherwise the op could not vanish
             # The producer writes under the name of what goes: its readers keep their bytes.
             self.wiring.set_output(producer, value, output)
-            self.wiring.scope(producer).dropped.add(value.name)
+            producer.scope.dropped.add(value.name)
             self.known.inherit(output, value)
             output, value, readers = value, output, others
         for reader, position in readers:
@@ -650,43 +645,43 @@ class OnnxGraph:
             self.known.set_size(fresh, axis, channels)
         self.known.set_size(op.output, axis, channels)
 
-    def _rename_output(self, node: gs.Node) -> gs.Tensor:
+    def _rename_output(self, node: Node) -> Tensor:
         """Under its old name, another shape may be declared than it has now."""
         old = node.outputs[0]
-        fresh, uses = Variable(self._fresh(old.name)), self.wiring.uses(old)
+        fresh, uses = Variable(self._fresh(old.name)), old.uses()
         self.wiring.set_output(node, old, fresh)
-        self.wiring.scope(node).dropped.add(old.name)
+        node.scope.dropped.add(old.name)
         for reader, position in uses:
             self.wiring.set_input(reader, position, fresh)
         return fresh
 
-    def _nodes(self, op: Op) -> list[gs.Node]:
+    def _nodes(self, op: Op) -> list[Node]:
         """The nodes that go with an op: both of a MatMul and the Add of its bias, none of a stored constant."""
         last = self.producer(op.output)
         return [node for node in ([last] if last is op.node else [last, op.node]) if node is not None]
 
-    def _note_origin(self, node: gs.Node, gone: gs.Node) -> None:
+    def _note_origin(self, node: Node, gone: Node) -> None:
         """Remember that `gone` is part of the node now."""
         origins = self._origins.setdefault(id(node), [])
         origins += [*self._origins.get(id(gone), ()), gone.name or gone.outputs[0].name]
 
-    def _become_identity(self, node: gs.Node, by: gs.Tensor) -> None:
+    def _become_identity(self, node: Node, by: Tensor) -> None:
         """Where both names are in a signature, a node must stay between them."""
         self.wiring.truncate_inputs(node, 1)
         self.wiring.set_input(node, 0, by)
         node.op, node.domain = "Identity", None
         node.attrs.clear()
 
-    def _set_operand(self, node: gs.Node, position: int, field: str, array: Array) -> None:
+    def _set_operand(self, node: Node, position: int, field: str, array: Array) -> None:
         old = node.inputs[position] if position < len(node.inputs) else None
-        base = old.name if old is not None and not old.is_empty() else f"{node.name or node.outputs[0].name}.{field}"
-        self.wiring.set_input(node, position, self._new_constant(self.wiring.scope(node), base, array, node))
+        base = old.name if old is not None and old is not ABSENT else f"{node.name or node.outputs[0].name}.{field}"
+        self.wiring.set_input(node, position, self._new_constant(node.scope, base, array, node))
 
-    def _set_matmul_bias(self, matmul: gs.Node, array: Array) -> None:
+    def _set_matmul_bias(self, matmul: Node, array: Array) -> None:
         if (add := bias_add(self, matmul)) is not None:
             self._set_operand(add, bias_position(self, add), "bias", array)
             return
-        scope, output = self.wiring.scope(matmul), matmul.outputs[0]
+        scope, output = matmul.scope, matmul.outputs[0]
         stem = matmul.name or output.name
         product = Variable(self._fresh(f"{output.name}_product"))
         self.wiring.set_output(matmul, output, product)
@@ -696,7 +691,7 @@ class OnnxGraph:
         self.wiring.insert(add, after=matmul)
         self.wiring.link(add, [product, bias], [output])
 
-    def _new_constant(self, scope: Scope, base: str, array: Array, user: gs.Node) -> gs.Tensor:
+    def _new_constant(self, scope: Scope, base: str, array: Array, user: Node) -> Tensor:
         """A constant under a new name; a node before `user` where the scope can hold no initializers."""
         name = self._fresh(base.removesuffix("_folded") + "_folded")
         tensor = StoredConstant(self._model.tensor(name, array))
@@ -725,15 +720,15 @@ class OnnxGraph:
         self._taken.add(candidate)
         return candidate
 
-    def _constant_name(self, tensor: gs.Tensor) -> str:
-        scope = self.wiring.home(tensor)
+    def _constant_name(self, tensor: Tensor) -> str:
+        scope = tensor.home
         return f"{scope.path if scope else ''}{tensor.name}"
 
-    def _node_name(self, node: gs.Node) -> str:
-        path: str = self.wiring.scope(node).path
+    def _node_name(self, node: Node) -> str:
+        path: str = node.scope.path
         if node.name and self._node_names[path + node.name] == 1:
             return path + str(node.name)
-        outputs = [output.name for output in node.outputs if not output.is_empty()]
+        outputs = [output.name for output in node.outputs if output is not ABSENT]
         return path + str(outputs[0] if outputs else node.op)
 
 

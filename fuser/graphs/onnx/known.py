@@ -9,13 +9,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from fuser.files import ModelFile
 from fuser.graph import Array, Dim
-from fuser.graphs.onnx.importing import ABSENT, Constant, names_read
+from fuser.graphs.onnx.editor import ABSENT, Constant, Node, Scope, Tensor, names_read
 from fuser.graphs.onnx.readers import OLDEST_OPSET
 from fuser.graphs.onnx.sizes import MAX_SIZES, SIZE_OPERATORS, SizeArithmetic
 from fuser.graphs.onnx.values import (
@@ -33,7 +32,7 @@ from fuser.graphs.onnx.values import (
     type_and_shape,
     undeclared,
 )
-from fuser.graphs.onnx.wiring import Scope, Wiring, has_references, is_standard
+from fuser.graphs.onnx.wiring import Wiring, has_references, is_standard
 from fuser.remarks import Missed
 
 _FOLDABLE = EVALUABLE | {"Constant"}
@@ -59,35 +58,36 @@ class KnownValues:
     def __init__(self, model: ModelFile, wiring: Wiring, overridable: set[str], *, frozen: bool) -> None:
         self._trained = _trained(model.proto)
         self._model, self._wiring = model, wiring
-        self._known: dict[int, gs.Tensor] = {}
-        self._quantized: dict[int, gs.Tensor] = {}
-        self.overridable: dict[int, gs.Tensor] = {}
+        self._quantized: dict[int, Tensor] = {}
+        self.overridable: dict[int, Tensor] = {}
         self._values: dict[int, Array] = {}
         self._recent: dict[int, Array] = {}
         self._types: dict[int, tuple[int, Shape | None]] | None = None
         self._trusts_declared = False
         self._sizes = SizeArithmetic(self.shape, self._small)
-        self._sized: dict[int, gs.Node] = {}
+        self._sized: dict[int, Node] = {}
         for scope in wiring.scopes:
             for tensor in scope.names.values():
                 replaceable = tensor.name in self._trained or (tensor.name in overridable and not frozen)
                 if scope is wiring.scopes[0] and replaceable:
                     self.overridable[id(tensor)] = tensor
                 elif isinstance(tensor, Constant) and tensor.proto is not None:
-                    self._known[id(tensor)] = tensor
+                    tensor.known = True
         for node in wiring.order:
             self._classify(node)
         self._infer_further()
 
-    def add(self, tensor: gs.Tensor) -> None:
+    def add(self, tensor: Tensor) -> None:
         """A new constant."""
-        self._known[id(tensor)] = tensor
+        tensor.known = True
 
-    def __contains__(self, tensor: gs.Tensor) -> bool:
-        return id(tensor) in self._known
-
-    def value(self, tensor: gs.Tensor) -> Array | Missed:
+    def value(self, tensor: Tensor) -> Array | Missed:
         """The value, or why it is not known."""
+        if tensor.known:
+            try:
+                return self._stored(tensor) if isinstance(tensor, Constant) else self.evaluate(tensor)
+            except CannotEvaluate as error:
+                return Missed("not-constant", f"{tensor.name!r} is not known before run time: {error}")
         if id(tensor) in self.overridable and tensor.name in self._trained:
             return Missed("overridable", f"the initializer {tensor.name!r} is updated by the model's training_info")
         if id(tensor) in self.overridable:
@@ -102,22 +102,17 @@ class KnownValues:
                 f"{tensor.name!r} comes out of a DequantizeLinear",
                 "optimize the float model, and quantize after that",
             )
-        if id(tensor) not in self._known:
-            return Missed("not-constant", f"{tensor.name!r} is not known before run time")
-        try:
-            return self._stored(tensor) if isinstance(tensor, Constant) else self.evaluate(tensor)
-        except CannotEvaluate as error:
-            return Missed("not-constant", f"{tensor.name!r} is not known before run time: {error}")
+        return Missed("not-constant", f"{tensor.name!r} is not known before run time")
 
-    def is_foldable(self, node: gs.Node) -> bool:
+    def is_foldable(self, node: Node) -> bool:
         """Whether all that the node makes is known: its inputs are, and it does the same every time."""
         if id(node) in self._sized:
             return True
         if node.op not in _FOLDABLE or not is_standard(node):
             return False
-        if node.inputs and id(node.inputs[0]) not in self._known and node.op not in _NEED_A_SHAPE:
+        if node.inputs and not node.inputs[0].known and node.op not in _NEED_A_SHAPE:
             return False  # mostly the first operand decides; no such operator can go without it
-        scope = self._wiring.scope(node)
+        scope = node.scope
         if scope.frozen or scope.opset < OLDEST_OPSET:
             return False
         if node.op == "Constant":
@@ -125,11 +120,11 @@ class KnownValues:
         if not node.inputs:
             return False
         for position, tensor in enumerate(node.inputs):
-            if id(tensor) not in self._known and not tensor.is_empty() and self._stand_in(node, position) is None:
+            if not tensor.known and tensor is not ABSENT and self._stand_in(node, position) is None:
                 return False
         return not has_references(node)
 
-    def evaluate(self, value: gs.Tensor) -> Array:
+    def evaluate(self, value: Tensor) -> Array:
         """The value of a known tensor; without recursion, for chains of any length.  Raises `CannotEvaluate`."""
         pending = [value]
         fresh: dict[int, Array] = {}
@@ -144,7 +139,7 @@ class KnownValues:
             else:
                 node = tensor.inputs[0]
                 inputs = [self._operand(node, position, fresh) for position in range(len(node.inputs))]
-                missing = [t for t, x in zip(node.inputs, inputs, strict=True) if x is None and not t.is_empty()]
+                missing = [t for t, x in zip(node.inputs, inputs, strict=True) if x is None and t is not ABSENT]
                 pending += missing
                 if not missing:
                     self._keep(node, self._compute(node, inputs), fresh)
@@ -152,25 +147,25 @@ class KnownValues:
         assert found is not None
         return found
 
-    def element_type(self, tensor: gs.Tensor) -> int | None:
+    def element_type(self, tensor: Tensor) -> int | None:
         """The ONNX element type, where it is known."""
         if isinstance(tensor, Constant):
             return None if tensor.proto is None else tensor.proto.data_type
         return self._inferred().get(id(tensor), (0, None))[0] or None
 
-    def shape(self, tensor: gs.Tensor) -> Shape | None:
+    def shape(self, tensor: Tensor) -> Shape | None:
         """What is inferred, or follows from the value itself: inference does not look into functions."""
         if isinstance(tensor, Constant):
             return tensor.sizes
         inferred = self._inferred_shape(tensor)
         if inferred is None or not all(isinstance(size, int) for size in inferred):
             inferred = self._reshaped(tensor, inferred)
-        if inferred is None and tensor in self:
+        if inferred is None and tensor.known:
             with contextlib.suppress(CannotEvaluate):
                 return tuple(self.evaluate(tensor).shape)
         return inferred
 
-    def _reshaped(self, tensor: gs.Tensor, inferred: Shape | None) -> Shape | None:
+    def _reshaped(self, tensor: Tensor, inferred: Shape | None) -> Shape | None:
         """What a Reshape to a known shape makes: inference saw neither how that is computed nor what was since."""
         node = tensor.inputs[0] if tensor.inputs else None
         if node is None or node.op != "Reshape" or len(node.inputs) < 2 or not is_standard(node):
@@ -186,10 +181,10 @@ class KnownValues:
     def learn(self) -> None:
         """Look again at what was not known: edits make shapes known, and sizes are made of shapes."""
         for node in self._wiring.order:
-            if not all(id(output) in self._known for output in node.outputs) and not self._wiring.is_erased(node):
+            if not node.erased and not all(output.known for output in node.outputs):
                 self._classify(node)
 
-    def _target(self, tensor: gs.Tensor) -> Shape | None:
+    def _target(self, tensor: Tensor) -> Shape | None:
         """What is known of the target of a Reshape."""
         value = self.value(tensor)
         if not isinstance(value, Missed):
@@ -197,16 +192,16 @@ class KnownValues:
         sizes = self._sizes.of(tensor)
         return None if sizes is None or sizes.ndim != 1 else tuple(sizes)
 
-    def inherit(self, tensor: gs.Tensor, source: gs.Tensor) -> None:
+    def inherit(self, tensor: Tensor, source: Tensor) -> None:
         """`tensor` now holds what `source` held."""
         if self._types is not None and id(source) in self._types:
             self._types.setdefault(id(tensor), self._types[id(source)])
 
-    def state(self, tensor: gs.Tensor, element_type: int | None, shape: Shape) -> None:
+    def state(self, tensor: Tensor, element_type: int | None, shape: Shape) -> None:
         """What an edit knows of a new value."""
         self._inferred()[id(tensor)] = element_type or TensorProto.UNDEFINED, shape
 
-    def set_size(self, tensor: gs.Tensor, axis: int, size: int) -> None:
+    def set_size(self, tensor: Tensor, axis: int, size: int) -> None:
         """The size of one axis of `tensor` is no longer what was inferred."""
         element_type, shape = self._inferred().get(id(tensor), (0, None))
         if shape:
@@ -216,17 +211,18 @@ class KnownValues:
 
     # -- one sweep at the start
 
-    def _classify(self, node: gs.Node) -> None:
+    def _classify(self, node: Node) -> None:
         if (self._quantized or node.op == "DequantizeLinear") and self._is_quantized(node):
             self._quantized.update((id(output), output) for output in node.outputs if output is not ABSENT)
         elif self.is_foldable(node):
-            self._known.update((id(output), output) for output in node.outputs if output is not ABSENT)
+            for output in node.outputs:
+                output.known = output is not ABSENT
         elif node.op in SIZE_OPERATORS:
             self._classify_sizes(node)
 
-    def _classify_sizes(self, node: gs.Node) -> None:
+    def _classify_sizes(self, node: Node) -> None:
         """Sizes may be known where not all of the shape is that they are taken from."""
-        if not is_standard(node) or self._wiring.scope(node).frozen or has_references(node):
+        if not is_standard(node) or node.scope.frozen or has_references(node):
             return
         sizes = self._sizes.visit(node)
         if sizes is None or not all(isinstance(size, int) for size in sizes.flat):
@@ -238,11 +234,11 @@ class KnownValues:
         with contextlib.suppress(OverflowError):
             array = sizes.astype(dtype)
             array.flags.writeable = False
-            self._known[id(node.outputs[0])] = node.outputs[0]
+            node.outputs[0].known = True
             self._values[id(node.outputs[0])] = array
             self._sized[id(node)] = node
 
-    def reshape_target(self, tensor: gs.Tensor, data: gs.Tensor) -> Array | None:
+    def reshape_target(self, tensor: Tensor, data: Tensor) -> Array | None:
         """What a Reshape of `data` may be given for `tensor`, sizes of which not all are known; None for no such thing.
 
         A size that the axis of `data` at its place has is copied: 0.  A single one that is not known is told by the
@@ -259,9 +255,9 @@ class KnownValues:
             return np.array([size if isinstance(size, int) else 0 for size in sizes], np.int64)
         return None
 
-    def _small(self, tensor: gs.Tensor) -> Array | None:
+    def _small(self, tensor: Tensor) -> Array | None:
         """The value of a small constant."""
-        if tensor not in self:
+        if not tensor.known:
             return None
         shape = self.shape(tensor)
         count = None if shape is None else elements(shape)
@@ -271,29 +267,29 @@ class KnownValues:
             return self.evaluate(tensor)
         return None
 
-    def _is_quantized(self, node: gs.Node) -> bool:
-        given = [tensor for tensor in node.inputs if not tensor.is_empty()]
+    def _is_quantized(self, node: Node) -> bool:
+        given = [tensor for tensor in node.inputs if tensor is not ABSENT]
         if node.op == "DequantizeLinear":
-            return bool(given) and (given[0] in self or id(given[0]) in self._quantized)
+            return bool(given) and (given[0].known or id(given[0]) in self._quantized)
         if not any(id(tensor) in self._quantized for tensor in given):
             return False
-        return all(id(tensor) in self._quantized or tensor in self for tensor in given)
+        return all(id(tensor) in self._quantized or tensor.known for tensor in given)
 
     # -- computing
 
-    def _lookup(self, tensor: gs.Tensor, fresh: dict[int, Array]) -> Array | None:
+    def _lookup(self, tensor: Tensor, fresh: dict[int, Array]) -> Array | None:
         for values in (fresh, self._values, self._recent):
             if id(tensor) in values:
                 return values[id(tensor)]
         return None
 
-    def _operand(self, node: gs.Node, position: int, fresh: dict[int, Array]) -> Array | None:
+    def _operand(self, node: Node, position: int, fresh: dict[int, Array]) -> Array | None:
         found = self._lookup(node.inputs[position], fresh)
-        if found is not None or node.inputs[position] in self:
+        if found is not None or node.inputs[position].known:
             return found
         return self._stand_in(node, position)
 
-    def _stand_in(self, node: gs.Node, position: int) -> Array | None:
+    def _stand_in(self, node: Node, position: int) -> Array | None:
         """For an operand of which only the type or the shape matters: an array that has it, without storage."""
         if (node.op, position) == ("CastLike", 1):
             element_type = self.element_type(node.inputs[1])
@@ -305,8 +301,8 @@ class KnownValues:
                 return np.broadcast_to(np.zeros((), np.bool_), shape)  # type: ignore[arg-type]
         return None
 
-    def _compute(self, node: gs.Node, inputs: Sequence[Array | None]) -> list[Array]:
-        proto = self._wiring.proto(node)
+    def _compute(self, node: Node, inputs: Sequence[Array | None]) -> list[Array]:
+        proto = node.proto
         if node.op == "Constant":
             if isinstance(node.attrs.get("value"), Constant):
                 return [self._stored(node.attrs["value"])]
@@ -314,12 +310,12 @@ class KnownValues:
             if value is None:
                 raise CannotEvaluate("its Constant node holds a kind of value that is not understood")
             return [value]
-        if proto is None or id(node) in self._wiring.touched:
+        if proto is None or node.touched:
             proto = OnnxExporter.export_node(node)
         declared = [self._inferred_shape(output) for output in node.outputs]
-        return evaluate(proto, self._wiring.scope(node).opset, inputs, declared)
+        return evaluate(proto, node.scope.opset, inputs, declared)
 
-    def _keep(self, node: gs.Node, arrays: Sequence[Array], fresh: dict[int, Array]) -> None:
+    def _keep(self, node: Node, arrays: Sequence[Array], fresh: dict[int, Array]) -> None:
         for output, array in zip(node.outputs, arrays, strict=False):
             array.flags.writeable = False
             fresh[id(output)] = array
@@ -358,7 +354,7 @@ class KnownValues:
     def _in_order(self) -> ModelProto:
         """The model as inference needs it, which goes through the nodes once: each made before it is read."""
         model, main = self._model.proto, self._wiring.scopes[0]
-        nodes = [self._wiring.proto(node) for node in self._wiring.order if self._wiring.scope(node) is main]
+        nodes = [node.proto for node in self._wiring.order if node.scope is main]
         pairs = zip(nodes, model.graph.node, strict=False)
         if all(node is None or node.output == other.output for node, other in pairs):
             return model
@@ -396,33 +392,33 @@ class KnownValues:
         main = self._wiring.scopes[0]
         found: dict[str, tuple[int, Shape]] = {}
         for node in self._wiring.order:
-            if node.op != "Reshape" or self._wiring.scope(node) is not main or node.outputs[0].name in told:
+            if node.op != "Reshape" or node.scope is not main or node.outputs[0].name in told:
                 continue
             output = node.outputs[0]
             shape, element_type = self.shape(output), self.element_type(output)
-            if shape and element_type and shape != self._inferred_shape(output) and not self._wiring.public(output):
+            if shape and element_type and shape != self._inferred_shape(output) and not output.public:
                 found[output.name] = element_type, shape
         return found
 
     def _has_unknown_shapes(self) -> bool:
         return any(
-            not _is_proven(self._inferred_shape(output)) and not output.is_empty() and not self.is_foldable(node)
+            not _is_proven(self._inferred_shape(output)) and output is not ABSENT and not self.is_foldable(node)
             for node in self._wiring.order
             for output in node.outputs
         )
 
-    def _computed_edge(self) -> list[gs.Tensor]:
+    def _computed_edge(self) -> list[Tensor]:
         """What nodes of the main graph make of constants alone, and other nodes read."""
         main = self._wiring.scopes[0]
         return [
             output
             for node in self._wiring.order
-            if self._wiring.scope(node) is main and node.op != "Constant" and self.is_foldable(node)
+            if node.scope is main and node.op != "Constant" and self.is_foldable(node)
             for output in node.outputs
-            if any(not self.is_foldable(reader) for reader, _ in self._wiring.uses(output))
+            if not all(map(self.is_foldable, output.slots.values()))
         ]
 
-    def _size(self, tensor: gs.Tensor) -> Array | None:
+    def _size(self, tensor: Tensor) -> Array | None:
         """The value, where it can say a shape, axes or bounds: a few whole numbers."""
         shape, element_type = self._inferred_shape(tensor), self.element_type(tensor)
         if element_type not in (None, TensorProto.INT64, TensorProto.INT32):
@@ -434,7 +430,7 @@ class KnownValues:
             return value if value.dtype.kind == "i" and value.size <= MAX_SIZES else None
         return None
 
-    def _unknown_shapes(self, tensors: Sequence[gs.Tensor]) -> dict[str, tuple[int, Shape]]:
+    def _unknown_shapes(self, tensors: Sequence[Tensor]) -> dict[str, tuple[int, Shape]]:
         """Element types and shapes that only the values tell."""
         found: dict[str, tuple[int, Shape]] = {}
         for tensor in tensors:
@@ -444,7 +440,7 @@ class KnownValues:
                     found[tensor.name] = int(helper.np_dtype_to_tensor_dtype(value.dtype)), value.shape
         return found
 
-    def _inferred_shape(self, tensor: gs.Tensor) -> Shape | None:
+    def _inferred_shape(self, tensor: Tensor) -> Shape | None:
         return self._inferred().get(id(tensor), (0, None))[1]
 
     def _collect(self, scope: Scope, graph: GraphProto) -> None:

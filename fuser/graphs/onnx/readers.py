@@ -16,6 +16,7 @@ from onnx import TensorProto
 
 from fuser import ops
 from fuser.graph import Array, Dim
+from fuser.graphs.onnx.editor import ABSENT, Node, Tensor
 from fuser.graphs.onnx.values import numpy_dtype
 from fuser.graphs.onnx.wiring import operator
 from fuser.remarks import Missed
@@ -57,30 +58,30 @@ class Unreadable(Exception):
 class NodeReader:
     """A node, the graph around it, and the opset that gives its attributes their meaning."""
 
-    def __init__(self, graph: OnnxGraph, node: gs.Node, opset: int) -> None:
+    def __init__(self, graph: OnnxGraph, node: Node, opset: int) -> None:
         self.graph, self.node, self.opset = graph, node, opset
 
-    def input(self, position: int) -> gs.Tensor | None:
+    def input(self, position: int) -> Tensor | None:
         """The operand at `position`; None when it is absent, which ONNX also writes as an empty name."""
-        if position >= len(self.node.inputs) or self.node.inputs[position].is_empty():
+        if position >= len(self.node.inputs) or self.node.inputs[position] is ABSENT:
             return None
         return self.node.inputs[position]
 
-    def required(self, position: int) -> gs.Tensor:
+    def required(self, position: int) -> Tensor:
         value = self.input(position)
         if value is None:
             raise Unreadable
         return value
 
     @property
-    def output(self) -> gs.Tensor:
-        if not self.node.outputs or self.node.outputs[0].is_empty():
+    def output(self) -> Tensor:
+        if not self.node.outputs or self.node.outputs[0] is ABSENT:
             raise Unreadable
         return self.node.outputs[0]
 
     @property
-    def extra_outputs(self) -> list[gs.Tensor]:
-        return [output for output in self.node.outputs[1:] if not output.is_empty()]
+    def extra_outputs(self) -> list[Tensor]:
+        return [output for output in self.node.outputs[1:] if output is not ABSENT]
 
     def attribute(self, name: str, default: Any = None) -> Any:
         value = self.node.attrs.get(name, default)
@@ -88,13 +89,13 @@ class NodeReader:
             raise Unreadable
         return value
 
-    def rank(self, value: gs.Tensor) -> int:
+    def rank(self, value: Tensor) -> int:
         rank = self.graph.rank(value)
         if rank is None:
             raise Unreadable
         return rank
 
-    def axis(self, axis: int, rank_of: gs.Tensor) -> int:
+    def axis(self, axis: int, rank_of: Tensor) -> int:
         return axis if axis >= 0 else axis + self.rank(rank_of)
 
     def known(self, position: int) -> Any:
@@ -188,7 +189,7 @@ def _matmul(n: NodeReader) -> ops.Op:
     return ops.Linear(n.node, output, n.required(0), weight, bias, out_axis=1, apart=add is not None)
 
 
-def bias_add(graph: OnnxGraph, matmul: gs.Node) -> gs.Node | None:
+def bias_add(graph: OnnxGraph, matmul: Node) -> Node | None:
     """The Add that gives a MatMul its bias: the only reader of its output, with a constant of rank 1 or less.
 
     MatMul and Add read as one `Linear`; as two ops, each would offer the other's constant again for ever.  An Add of
@@ -205,7 +206,7 @@ def bias_add(graph: OnnxGraph, matmul: gs.Node) -> gs.Node | None:
     return add if rank is not None and rank <= 1 and not graph.is_zero(bias) else None
 
 
-def bias_position(graph: OnnxGraph, add: gs.Node) -> int:
+def bias_position(graph: OnnxGraph, add: Node) -> int:
     """Which input of `bias_add` is the bias."""
     return 0 if graph.is_known(add.inputs[0]) else 1
 
@@ -215,7 +216,9 @@ def _elementwise(n: NodeReader) -> ops.Op:
     if n.node.op == "Add":
         for value in (left, right):
             producer = n.graph.producer(value)
-            if operator(producer) == "MatMul" and bias_add(n.graph, producer) is n.node:
+            if producer is None or operator(producer) != "MatMul":
+                continue
+            if bias_add(n.graph, producer) is n.node:
                 linear = n.graph.read(producer)
                 if linear is not None:
                     return linear
@@ -288,13 +291,13 @@ def _reshape(n: NodeReader) -> ops.Op:
     return ops.Reshape(n.node, n.output, n.required(0), absolute=absolute)
 
 
-def says_all(graph: OnnxGraph, reshape: gs.Node) -> bool:
+def says_all(graph: OnnxGraph, reshape: Node) -> bool:
     """Whether the target of a Reshape copies no size from its input, as a 0 does."""
     target = graph.constant(reshape.inputs[1])
     return not isinstance(target, Missed) and bool((target != 0).all() or reshape.attrs.get("allowzero", 0))
 
 
-def target_shape(graph: OnnxGraph, value: gs.Tensor) -> list[int] | None:
+def target_shape(graph: OnnxGraph, value: Tensor) -> list[int] | None:
     """What a Reshape may be given to make the shape that `value` has; one size may be left to it."""
     shape = graph.shape(value)
     if shape is None or 0 in shape or sum(not isinstance(size, int) for size in shape) > 1:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import onnx_graphsurgeon as gs
-
+from fuser.graphs.onnx.editor import ABSENT, Node, Tensor
 from fuser.graphs.onnx.values import Shape
 from fuser.graphs.onnx.wiring import is_standard
 from fuser.ops import SplitSequence
@@ -15,14 +14,14 @@ if TYPE_CHECKING:
     from fuser.graphs.onnx.graph import OnnxGraph
 
 
-def split_sequence(graph: OnnxGraph, node: gs.Node) -> SplitSequence | None:
+def split_sequence(graph: OnnxGraph, node: Node) -> SplitSequence | None:
     """What a SplitToSequence node is; None where its elements are no parts of the tensor."""
     data, sequence = node.inputs[0], node.outputs[0]
     shape = graph.shape(data)
     if not shape:
         return None
     axis = node.attrs.get("axis", 0) % len(shape)
-    has_split = len(node.inputs) > 1 and not node.inputs[1].is_empty()
+    has_split = len(node.inputs) > 1 and node.inputs[1] is not ABSENT
     if not has_split and not node.attrs.get("keepdims", 1):  # the elements lack the axis
         return None
     sizes = _sizes(graph, node.inputs[1] if has_split else None, shape, axis)
@@ -36,7 +35,7 @@ def split_sequence(graph: OnnxGraph, node: gs.Node) -> SplitSequence | None:
     return SplitSequence(node, sequence, data, axis, sizes, tuple(taken), others)
 
 
-def _sizes(graph: OnnxGraph, split: gs.Tensor | None, shape: Shape, axis: int) -> tuple[int, ...] | None:
+def _sizes(graph: OnnxGraph, split: Tensor | None, shape: Shape, axis: int) -> tuple[int, ...] | None:
     total = shape[axis]
     if not isinstance(total, int):
         return None
@@ -52,7 +51,7 @@ def _sizes(graph: OnnxGraph, split: gs.Tensor | None, shape: Shape, axis: int) -
     return sizes if sum(sizes) == total else None
 
 
-def _index(graph: OnnxGraph, reader: gs.Node, count: int) -> int | None:
+def _index(graph: OnnxGraph, reader: Node, count: int) -> int | None:
     """Which element a SequenceAt takes."""
     if reader.op != "SequenceAt" or not is_standard(reader):
         return None

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from fuser.graph import Array, Dim
+from fuser.graphs.onnx.editor import Node, Tensor
 from fuser.graphs.onnx.values import Shape
 
 MAX_SIZES = 64
@@ -32,13 +32,11 @@ class SizeArithmetic:
     constant: the value of a small tensor, None where it is not known.
     """
 
-    def __init__(
-        self, shape: Callable[[gs.Tensor], Shape | None], constant: Callable[[gs.Tensor], Array | None]
-    ) -> None:
+    def __init__(self, shape: Callable[[Tensor], Shape | None], constant: Callable[[Tensor], Array | None]) -> None:
         self._shape, self._constant = shape, constant
         self._found: dict[int, Sizes] = {}
 
-    def visit(self, node: gs.Node) -> Sizes | None:
+    def visit(self, node: Node) -> Sizes | None:
         """What the node computes, as far as it is known; None where it does not compute with sizes."""
         if node.op == "Shape":
             found = self._of_shape(node)
@@ -56,17 +54,17 @@ class SizeArithmetic:
         self._found[id(node.outputs[0])] = found
         return found
 
-    def of(self, tensor: gs.Tensor) -> Sizes | None:
+    def of(self, tensor: Tensor) -> Sizes | None:
         """What is known of the elements of a tensor that was computed from a shape."""
         return self._found.get(id(tensor))
 
-    def _of_shape(self, node: gs.Node) -> Sizes | None:
+    def _of_shape(self, node: Node) -> Sizes | None:
         shape = self._shape(node.inputs[0])
         if shape is None:
             return None
         return _sizes(shape[node.attrs.get("start", 0) : node.attrs.get("end", len(shape))])
 
-    def _operand(self, tensor: gs.Tensor) -> Sizes | None:
+    def _operand(self, tensor: Tensor) -> Sizes | None:
         found = self.of(tensor)
         if found is None:
             array = self._constant(tensor)
@@ -87,13 +85,13 @@ def _numbers(operand: Sizes) -> list[int]:
     return [int(value) for value in operand.flat]
 
 
-def _gather(node: gs.Node, data: Sizes, indices: Sizes) -> Sizes:
+def _gather(node: Node, data: Sizes, indices: Sizes) -> Sizes:
     if node.attrs.get("axis", 0) != 0:
         raise ValueError
     return np.asarray(data[np.reshape(_numbers(indices), indices.shape)], dtype=object)
 
 
-def _slice(node: gs.Node, data: Sizes, *operands: Sizes) -> Sizes:
+def _slice(node: Node, data: Sizes, *operands: Sizes) -> Sizes:
     if operands:
         starts, ends, *rest = map(_numbers, operands)
         axes, steps = rest[0] if rest else [0], rest[1] if len(rest) > 1 else [1]
@@ -105,25 +103,25 @@ def _slice(node: gs.Node, data: Sizes, *operands: Sizes) -> Sizes:
     return data[start:end:step]
 
 
-def _concat(node: gs.Node, *operands: Sizes) -> Sizes:
+def _concat(node: Node, *operands: Sizes) -> Sizes:
     return np.concatenate(operands)
 
 
-def _one_axis(node: gs.Node, data: Sizes, *axes: Sizes) -> Sizes:
+def _one_axis(node: Node, data: Sizes, *axes: Sizes) -> Sizes:
     if data.ndim != 0:
         raise ValueError
     return data.reshape(1)
 
 
-def _no_axis(node: gs.Node, data: Sizes, *axes: Sizes) -> Sizes:
+def _no_axis(node: Node, data: Sizes, *axes: Sizes) -> Sizes:
     return data.reshape(())
 
 
-def _same(node: gs.Node, data: Sizes) -> Sizes:
+def _same(node: Node, data: Sizes) -> Sizes:
     return data
 
 
-def _cast(node: gs.Node, data: Sizes) -> Sizes:
+def _cast(node: Node, data: Sizes) -> Sizes:
     if node.attrs["to"] not in _INTEGERS:
         raise ValueError
     return data
@@ -132,7 +130,7 @@ def _cast(node: gs.Node, data: Sizes) -> Sizes:
 def _elementwise(function: Callable[[Any, Any], Any]) -> Callable[..., Sizes]:
     """A function of two elements, which raises ValueError where the result is no size and not known either."""
 
-    def compute(node: gs.Node, left: Sizes, right: Sizes) -> Sizes:
+    def compute(node: Node, left: Sizes, right: Sizes) -> Sizes:
         return np.asarray(np.frompyfunc(function, 2, 1)(left, right), dtype=object)
 
     return compute
@@ -179,7 +177,7 @@ def _equal(a: Dim, b: Dim) -> bool:
     return False
 
 
-def _where(node: gs.Node, condition: Sizes, left: Sizes, right: Sizes) -> Sizes:
+def _where(node: Node, condition: Sizes, left: Sizes, right: Sizes) -> Sizes:
     return np.asarray(np.where(np.asarray(condition, dtype=bool), left, right), dtype=object)
 
 

@@ -14,73 +14,20 @@ from typing import Any
 
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto
+from onnx import AttributeProto, GraphProto
 
 from fuser.errors import InputError
-from fuser.graphs.onnx.importing import ABSENT, Constant, Variable, import_node, names_read, reject_bytes
-
-
-class Scope:
-    """A graph with names of its own: the main graph, the body of an If/Loop/Scan, a local function.
-
-    path: a prefix for names in it, empty for the main graph.
-    owner: the node whose body it is.
-    nodes: as they stood when the graph was last settled.
-    frozen: its names are not to be trusted, so nothing in it is read or edited.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        proto: GraphProto | FunctionProto,
-        opset: int,
-        parent: Scope | None = None,
-        owner: gs.Node | None = None,
-    ) -> None:
-        self.path, self.proto, self.opset = path, proto, opset
-        self.parent, self.owner = parent, owner
-        self.children: list[Scope] = []
-        self.nodes: list[gs.Node] = []
-        self.outputs: list[gs.Tensor] = []
-        self.names: dict[str, gs.Tensor] = {}
-        self.frozen: bool = parent is not None and parent.frozen
-        self.changed = False
-        self.before: dict[int, list[gs.Node]] = {}  # new nodes, to stand before the node of that id
-        self.after: dict[int, list[gs.Node]] = {}
-        self.new_constants: list[Constant] = []
-        self.dropped: set[str] = set()
-
-    def lookup(self, name: str) -> gs.Tensor | None:
-        """The tensor that `name` means here."""
-        scope: Scope | None = self
-        while scope is not None:
-            if name in scope.names:
-                return scope.names[name]
-            scope = scope.parent
-        return None
-
-    @property
-    def in_function(self) -> bool:
-        return isinstance(self.proto, FunctionProto) or (self.parent is not None and self.parent.in_function)
-
-    def with_new(self) -> Iterator[gs.Node]:
-        """The nodes with the new ones in their places."""
-        for node in self.nodes:
-            yield from self._with_new(node)
-
-    def _with_new(self, node: gs.Node) -> Iterator[gs.Node]:
-        """The node between the new ones beside it, which may have new ones beside them."""
-        for new in self.before.get(id(node), ()):
-            yield from self._with_new(new)
-        yield node
-        for new in self.after.get(id(node), ()):
-            yield from self._with_new(new)
-
-    def settle(self) -> None:
-        """Put the new nodes in their places."""
-        if self.before or self.after:
-            self.nodes = list(self.with_new())
-            self.before, self.after = {}, {}
+from fuser.graphs.onnx.editor import (
+    ABSENT,
+    Constant,
+    Node,
+    Scope,
+    Tensor,
+    Variable,
+    import_node,
+    names_read,
+    reject_bytes,
+)
 
 
 class Wiring:
@@ -94,17 +41,10 @@ class Wiring:
 
     def __init__(self, model: onnx.ModelProto, dropped_inputs: Collection[str] = ()) -> None:
         self.scopes: list[Scope] = []
-        self.erased: dict[int, gs.Node] = {}
-        self.touched: dict[int, gs.Node] = {}
         self.new_attributes: dict[int, set[str]] = {}
-        self._scope: dict[int, Scope] = {}
-        self._proto: dict[int, NodeProto] = {}
-        self._home: dict[int, Scope] = {}
-        self._uses: dict[int, dict[tuple[int, int], gs.Node]] = {}
-        self._public: dict[int, list[str]] = {}
-        self._orphans: dict[int, gs.Tensor] = {}
-        self._gone: list[gs.Node] = []  # since the graph was settled
-        self._unmade: dict[str, gs.Tensor] = {}
+        self._orphans: dict[int, Tensor] = {}
+        self._gone: list[Node] = []  # since the graph was settled
+        self._unmade: dict[str, Tensor] = {}
 
         main = Scope("", model.graph, _opset(model.opset_import))
         self._register(main)
@@ -114,68 +54,42 @@ class Wiring:
         for proto in model.functions:
             path = f"{proto.domain}:{proto.name}/" if proto.domain else f"{proto.name}/"
             self._register(Scope(path, proto, _opset(proto.opset_import) or main.opset))
-        self.order: list[gs.Node] = []
+        self.order: list[Node] = []
         self._places: dict[str, list[int]] = {}
         self._put_in_order()
         self.unread = self._unread_initializers(model, dropped_inputs)
 
     # -- reading
 
-    def scope(self, node: gs.Node) -> Scope:
-        return self._scope[id(node)]
-
-    def proto(self, node: gs.Node) -> NodeProto | None:
-        """The node in the carrier; None for a new one."""
-        return self._proto.get(id(node))
-
-    def home(self, tensor: gs.Tensor) -> Scope | None:
-        """The scope that defines the tensor."""
-        return self._home.get(id(tensor))
-
-    def uses(self, tensor: gs.Tensor) -> list[tuple[gs.Node, int]]:
-        """(node, position) of each input slot that reads the tensor, those in bodies included."""
-        return [(node, position) for (_, position), node in self._uses.get(id(tensor), {}).items()]
-
-    def public(self, tensor: gs.Tensor) -> list[str]:
-        """Who needs the tensor under its very name: outputs, and captures where nothing may change."""
-        return self._public.get(id(tensor), [])
-
-    def is_needed(self, tensor: gs.Tensor) -> bool:
-        """Whether anybody reads the tensor."""
-        return bool(self._uses.get(id(tensor))) or id(tensor) in self._public
-
-    def is_read(self, node: gs.Node) -> bool:
+    def is_read(self, node: Node) -> bool:
         """Whether anybody reads an output of the node."""
-        return any(map(self.is_needed, node.outputs))
+        return any(output.is_needed for output in node.outputs)
 
-    def is_erased(self, node: gs.Node) -> bool:
-        return id(node) in self.erased
-
-    def of(self, operators: Iterable[str]) -> Iterator[gs.Node]:
+    def of(self, operators: Iterable[str]) -> Iterator[Node]:
         """The living nodes of these operators, in order; each is looked at when it is reached."""
         places = [self._places[operator] for operator in operators if operator in self._places]
         for place in merge(*places):
-            if not self.is_erased(node := self.order[place]):
+            if not (node := self.order[place]).erased:
                 yield node
 
     # -- editing
 
-    def adopt(self, scope: Scope, tensor: gs.Tensor) -> None:
+    def adopt(self, scope: Scope, tensor: Tensor) -> None:
         """Make a new tensor known in `scope`."""
         scope.names[tensor.name] = tensor
-        self._home[id(tensor)] = scope
+        tensor.home = scope
 
-    def insert(self, node: gs.Node, *, before: gs.Node | None = None, after: gs.Node | None = None) -> None:
+    def insert(self, node: Node, *, before: Node | None = None, after: Node | None = None) -> None:
         """Put a new node, linked to its tensors by `link`, beside a node of the same scope."""
         neighbour = before if before is not None else after
         assert neighbour is not None
-        scope = self.scope(neighbour)
+        scope = neighbour.scope
         places = scope.before if before is not None else scope.after
         places.setdefault(id(neighbour), []).append(node)
-        self._scope[id(node)] = scope
+        node.scope = scope
         scope.changed = True
 
-    def link(self, node: gs.Node, inputs: Sequence[gs.Tensor], outputs: Sequence[gs.Tensor]) -> None:
+    def link(self, node: Node, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
         """Give a new node its operands and results."""
         for position, tensor in enumerate(inputs):
             node.inputs.append(tensor)
@@ -184,7 +98,7 @@ class Wiring:
             node.outputs.append(tensor)
             tensor.inputs[:] = [node]
 
-    def set_input(self, node: gs.Node, position: int, tensor: gs.Tensor) -> None:
+    def set_input(self, node: Node, position: int, tensor: Tensor) -> None:
         """Let the node read `tensor` at `position`, which may lie past its last operand."""
         while len(node.inputs) <= position:
             node.inputs.append(ABSENT)
@@ -193,67 +107,68 @@ class Wiring:
         self._add_use(tensor, node, position)
         self.touch(node)
 
-    def set_output(self, node: gs.Node, old: gs.Tensor, new: gs.Tensor) -> None:
+    def set_output(self, node: Node, old: Tensor, new: Tensor) -> None:
         """Let the node write `new` where it wrote `old`."""
         position = next(i for i, tensor in enumerate(node.outputs) if tensor is old)
         node.outputs[position] = new
         new.inputs[:] = [node]
         old.inputs.clear()
-        self.adopt(self.scope(node), new)
+        self.adopt(node.scope, new)
         self.touch(node)
 
-    def truncate_inputs(self, node: gs.Node, length: int) -> None:
+    def truncate_inputs(self, node: Node, length: int) -> None:
         """Keep the first `length` operands."""
         for position in range(length, len(node.inputs)):
             self._drop_use(node.inputs[position], node, position)
         del node.inputs[length:]
         self.touch(node)
 
-    def set_attribute(self, node: gs.Node, name: str, value: Any) -> None:
+    def set_attribute(self, node: Node, name: str, value: Any) -> None:
         """Give the node an attribute in place of the one it has."""
         node.attrs[name] = value
         self.new_attributes.setdefault(id(node), set()).add(name)
         self.touch(node)
 
-    def touch(self, node: gs.Node) -> None:
+    def touch(self, node: Node) -> None:
         """Remember that the node in the carrier is out of date."""
-        self.touched[id(node)] = node
-        self.scope(node).changed = True
+        node.touched = True
+        node.scope.changed = True
 
-    def erase(self, node: gs.Node) -> None:
+    def erase(self, node: Node) -> None:
         """Take the node, and the bodies it owns, out of the graph."""
-        scope = self.scope(node)
-        self.erased[id(node)] = node
+        scope = node.scope
+        node.erased = True
         self._gone.append(node)
         scope.changed = True
-        scope.dropped.update(output.name for output in node.outputs if not output.is_empty())
+        scope.dropped.update(output.name for output in node.outputs if output is not ABSENT)
         for position, tensor in enumerate(node.inputs):
             self._drop_use(tensor, node, position)
         for body in scope.children:
             if body.owner is node:
                 for inner in body.with_new():
-                    if not self.is_erased(inner):
+                    if not inner.erased:
                         self.erase(inner)
 
-    def drop_unread(self, tensor: gs.Tensor) -> None:
+    def drop_unread(self, tensor: Tensor) -> None:
         """Drop one of `unread`."""
         main = self.scopes[0]
         main.dropped.add(tensor.name)
         main.changed = True
 
-    def sweep(self, keep: dict[int, gs.Tensor]) -> None:
+    def sweep(self, keep: dict[int, Tensor]) -> None:
         """Drop what the edits orphaned: constants without readers, and nodes that only fed what is gone."""
         while self._orphans:
             key, tensor = self._orphans.popitem()
-            if key in keep or self.is_needed(tensor):
+            if key in keep or tensor.is_needed:
                 continue
             if isinstance(tensor, Constant):
-                scope = self._home[key]
+                scope = tensor.home
+                assert scope is not None
                 scope.dropped.add(tensor.name)
                 scope.changed = True
                 continue
             node = tensor.inputs[0] if tensor.inputs else None
-            if node is not None and not self.is_erased(node) and is_standard(node) and not self.is_read(node):
+            if node is not None and not node.erased and is_standard(node) and not self.is_read(node):
                 self.erase(node)
 
     def settle(self) -> None:
@@ -262,19 +177,17 @@ class Wiring:
             scope.settle()
         for node in self._gone:
             for position, tensor in enumerate(node.inputs):
-                if (id(node), position) in self._uses.get(id(tensor), ()):
+                if (id(node), position) in tensor.slots:
                     raise ValueError(f"{tensor.name!r} is read by a node that is gone")
             for output in node.outputs:
-                if output.inputs and output.inputs[0] is node and self._uses.get(id(output)):
+                if output.slots and output.inputs and output.inputs[0] is node:
                     raise ValueError(f"{output.name!r} is read, but the node that made it is gone")
         self._gone.clear()
         self._put_in_order()
 
     def _put_in_order(self) -> None:
         captured = self._captured()
-        self.order = [
-            node for scope in self.scopes for node in _topological(scope.nodes, captured) if not self.is_erased(node)
-        ]
+        self.order = [node for scope in self.scopes for node in _topological(scope.nodes, captured) if not node.erased]
         self._places = {}
         for place, node in enumerate(self.order):
             self._places.setdefault(node.op, []).append(place)
@@ -283,10 +196,9 @@ class Wiring:
 
     def _register(self, scope: Scope) -> None:
         self.scopes.append(scope)
-        scope.nodes = [import_node(proto) for proto in scope.proto.node]
+        scope.nodes = [import_node(proto, scope) for proto in scope.proto.node]
         self._define_names(scope)
         for proto, node in zip(scope.proto.node, scope.nodes, strict=True):
-            self._scope[id(node)], self._proto[id(node)] = scope, proto
             for position, name in enumerate(proto.input):
                 tensor = self._meant(scope, name)
                 node.inputs.append(tensor)
@@ -314,20 +226,20 @@ class Wiring:
                     raise InputError(f"not a valid ONNX model: two nodes produce the value {name!r}")
                 output.inputs.append(node)
 
-    def _define(self, scope: Scope, tensor: gs.Tensor) -> None:
+    def _define(self, scope: Scope, tensor: Tensor) -> None:
         reject_bytes(tensor.name)
         if scope.parent is not None and scope.parent.lookup(tensor.name) is not None:
             scope.frozen = True  # outside, the name means something else
         self.adopt(scope, tensor)
 
-    def _meant(self, scope: Scope, name: str) -> gs.Tensor:
+    def _meant(self, scope: Scope, name: str) -> Tensor:
         """What a node reads under that name; what nobody makes is for the runtime to refuse."""
         if not name:
             return ABSENT
         tensor = scope.lookup(name)
         return self._unmade.setdefault(name, Variable(name)) if tensor is None else tensor
 
-    def _register_bodies(self, scope: Scope, node: gs.Node, attribute: AttributeProto) -> None:
+    def _register_bodies(self, scope: Scope, node: Node, attribute: AttributeProto) -> None:
         if attribute.type == AttributeProto.GRAPH and not attribute.ref_attr_name:
             path = f"{scope.path}{_label(node)}/{attribute.name}/"
             child = Scope(path, attribute.g, scope.opset, scope, node)
@@ -347,57 +259,56 @@ class Wiring:
                 scope.outputs.append(tensor)
                 self._publish(tensor, label)
 
-    def _publish(self, tensor: gs.Tensor | None, label: str) -> None:
+    def _publish(self, tensor: Tensor | None, label: str) -> None:
         if tensor is not None:
-            self._public.setdefault(id(tensor), []).append(label)
+            tensor.public.append(label)
 
-    def _unread_initializers(self, model: onnx.ModelProto, dropped_inputs: Collection[str]) -> list[gs.Tensor]:
+    def _unread_initializers(self, model: onnx.ModelProto, dropped_inputs: Collection[str]) -> list[Tensor]:
         if model.training_info:  # which names initializers, too
             return []
         graph, main = model.graph, self.scopes[0]
         kept = {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
         kept |= {info.name for info in graph.input}.difference(dropped_inputs)
         stored = (main.names[tensor.name] for tensor in graph.initializer if tensor.name not in kept)
-        return [tensor for tensor in stored if not self.is_needed(tensor)]
+        return [tensor for tensor in stored if not tensor.is_needed]
 
-    def _captured(self) -> dict[int, list[gs.Tensor]]:
+    def _captured(self) -> dict[int, list[Tensor]]:
         """What the bodies of a node read from outside of it, by the node's id."""
-        captured: dict[int, list[gs.Tensor]] = {}
+        captured: dict[int, list[Tensor]] = {}
         for scope in self.scopes:
             if scope.owner is None:
                 continue
             read = [tensor for node in scope.nodes for tensor in node.inputs]
             for tensor in (*read, *scope.outputs):
-                home, outer = self.home(tensor), scope
+                home, outer = tensor.home, scope
                 while outer is not home and outer.owner is not None and outer.parent is not None:
                     captured.setdefault(id(outer.owner), []).append(tensor)
                     outer = outer.parent
         return captured
 
-    def _add_use(self, tensor: gs.Tensor, node: gs.Node, position: int) -> None:
+    def _add_use(self, tensor: Tensor, node: Node, position: int) -> None:
         if tensor is not ABSENT:
-            self._uses.setdefault(id(tensor), {})[id(node), position] = node
+            tensor.slots[id(node), position] = node
 
-    def _drop_use(self, tensor: gs.Tensor, node: gs.Node, position: int) -> None:
+    def _drop_use(self, tensor: Tensor, node: Node, position: int) -> None:
         if tensor is ABSENT:
             return
-        uses = self._uses.get(id(tensor), {})
-        uses.pop((id(node), position), None)
-        if not uses:
+        tensor.slots.pop((id(node), position), None)
+        if not tensor.slots:
             self._orphans[id(tensor)] = tensor
 
 
-def is_standard(node: gs.Node) -> bool:
+def is_standard(node: Node) -> bool:
     """Whether the node is of the default domain; what a custom operator does is its own affair."""
     return node.domain in (None, "", "ai.onnx")
 
 
-def operator(node: gs.Node | None) -> str:
+def operator(node: Node | None) -> str:
     """The operator of the default domain that the node is; empty for one of another domain, and for no node."""
     return str(node.op) if node is not None and is_standard(node) else ""
 
 
-def has_references(node: gs.Node) -> bool:
+def has_references(node: Node) -> bool:
     """Whether an attribute is decided by the caller of the function that the node is in."""
     return any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values())
 
@@ -415,11 +326,11 @@ def _names(values: Iterable[onnx.ValueInfoProto | str]) -> Iterator[str]:
     return (value if isinstance(value, str) else value.name for value in values)
 
 
-def _label(node: gs.Node) -> str:
+def _label(node: Node) -> str:
     return str(node.name or (node.outputs[0].name if node.outputs else node.op))
 
 
-def _topological(nodes: list[gs.Node], captured: Mapping[int, Sequence[gs.Tensor]]) -> list[gs.Node]:
+def _topological(nodes: list[Node], captured: Mapping[int, Sequence[Tensor]]) -> list[Node]:
     """The nodes in an order in which each is made before it is read; mostly the one they have.
 
     captured: what a node reads beside its inputs, by its id.
