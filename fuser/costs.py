@@ -8,7 +8,7 @@ attention                elements(Q) * S + elements(Y) * S,   S: how many keys t
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from functools import lru_cache
 from math import prod
 
 from fuser.graph import Dim
@@ -31,7 +31,8 @@ def attention(q: Sizes, k: Sizes, y: Sizes) -> int:
     return (prod(q) + prod(y)) * k[-2]
 
 
-def per_sample(shape: Sequence[Dim] | None, batch: Collection[Dim]) -> Sizes | None:
+@lru_cache(maxsize=1 << 12)
+def per_sample(shape: tuple[Dim, ...] | None, batch: frozenset[Dim]) -> Sizes | None:
     """The shape with 1 for the sizes of `batch`; None where another one is not known."""
     if shape is None:
         return None

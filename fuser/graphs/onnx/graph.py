@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
-from onnx import GraphProto, TensorProto
+from onnx import TensorProto
 
 from fuser import costs
 from fuser.files import ModelFile
@@ -240,14 +240,12 @@ class OnnxGraph:
         summary = Summary(dict(Counter(node.op for node in alive)))
         stored = [node.attrs["value"] for node in alive if isinstance(node.attrs.get("value"), StoredConstant)]
         for scope in self.wiring.scopes:
-            stored += [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
-        protos = [tensor.proto for tensor in stored if tensor.proto is not None]
-        for scope in self.wiring.scopes:
-            if isinstance(scope.proto, GraphProto):
-                protos += [tensor for tensor in scope.proto.initializer if tensor.name not in scope.dropped]
+            constants = (tensor for tensor in scope.names.values() if isinstance(tensor, StoredConstant))
+            stored += [tensor for tensor in constants if tensor.name not in scope.dropped]
         counts: Counter[int] = Counter()
-        for proto in protos:
-            counts[proto.data_type] += math.prod(proto.dims)
+        for tensor in stored:
+            if tensor.proto is not None:
+                counts[tensor.proto.data_type] += math.prod(tensor.sizes)
         for data_type, count in counts.items():
             dtype = numpy_dtype(data_type)
             summary.bytes += count * dtype.itemsize if dtype else 0
@@ -259,7 +257,7 @@ class OnnxGraph:
     def _multiply_adds(self, nodes: Sequence[Node]) -> int | None:
         main = self.wiring.scopes[0]
         inputs = (self.known.shape(main.names[info.name]) for info in self._model.proto.graph.input)
-        batch = {shape[0] for shape in inputs if shape and isinstance(shape[0], str)}
+        batch = frozenset(shape[0] for shape in inputs if shape and isinstance(shape[0], str))
         total = 0
         for node in nodes:
             if not is_standard(node) or node.op in _NOT_COUNTED:

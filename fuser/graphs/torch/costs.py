@@ -32,7 +32,8 @@ _NOT_COUNTED = re.compile("einsum|lstm|gru|rnn.*|.*conv.*|.*multi_?head_?attenti
 
 def multiply_adds(graph: TorchGraph, wiring: Wiring) -> int | None:
     """See `fuser.graph.Summary`."""
-    batch = {name for node in wiring.carrier.module.graph.nodes if (name := _dynamic_batch(node)) is not None}
+    nodes = wiring.carrier.module.graph.nodes
+    batch = frozenset(name for node in nodes if (name := _dynamic_batch(node)) is not None)
     total = 0
     for node in wiring.alive():
         found = _operands(graph, node)
