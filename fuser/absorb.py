@@ -8,14 +8,14 @@ stood in the way.  Neither edits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 
 from fuser import affine as algebra
-from fuser.affine import ChannelAffine, Constants, WeightLayout
+from fuser.affine import ChannelAffine, Constants, NewConstants, Scaled, WeightLayout
 from fuser.graph import Array, Dim, Graph, Reader
 from fuser.maps import Map
 from fuser.ops import (
@@ -73,7 +73,7 @@ class Edit:
     """New constants for one op."""
 
     op: Op
-    arrays: dict[str, Array]
+    arrays: Mapping[str, Array | Scaled]
 
 
 @dataclass(frozen=True, eq=False)
@@ -402,7 +402,7 @@ class Walker:
             shift = old.alpha * algebra.carried(old.weight, affine.shift, layout) if affine.shift.any() else 0.0
             factor, bias = layout.along_inputs(affine.scale, shape), old.bias + shift
         arrays = new_constants(op, old, factor * old.alpha, bias)
-        new = Constants(arrays.get("weight", old.weight), arrays.get("bias", bias))
+        new = NewConstants(arrays.get("weight", old.weight), np.asarray(arrays.get("bias", bias)))
         if not (algebra.is_finite(new.weight) and algebra.is_finite(new.bias)):
             return Missed(
                 "not-finite",
@@ -579,12 +579,18 @@ def constants_of(graph: Graph, op: Conv | Linear) -> Constants | Missed:
     return Constants(weight, wide.reshape(-1) if wide.size == outputs else wide, alpha)
 
 
-def new_constants(op: Conv | Linear, old: Constants, factor: Array, bias: Array) -> dict[str, Array]:
+DEFERRED = 1 << 20
+"""From so many bytes on, a weight times a factor is left for the graph to compute where it is stored."""
+
+
+def new_constants(op: Conv | Linear, old: Constants, factor: Array, bias: Array) -> dict[str, Array | Scaled]:
     """What `set_constants` has to be given for weight * factor and `bias`: only what changes, in the stored type."""
     neutral = not isinstance(op, Linear) or (op.alpha, op.beta) == (1.0, 1.0)
-    dtype, arrays = old.weight.dtype, {}
+    dtype = old.weight.dtype
+    arrays: dict[str, Array | Scaled] = {}
     if not neutral or (factor != 1).any():
-        arrays["weight"] = algebra.scaled(old.weight, factor, dtype)
+        product = Scaled(old.weight, factor)
+        arrays["weight"] = product if product.nbytes >= DEFERRED else np.asarray(product)
     if (op.bias is not None and not neutral) or not np.array_equal(bias, old.bias):
         arrays["bias"] = algebra.rounded(bias, dtype)
     return arrays

@@ -9,7 +9,7 @@ end, to the type that is stored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeAlias, TypeVar
@@ -19,8 +19,8 @@ import numpy as np
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
-CHUNK = 1 << 21
-"""How many elements of a weight are held in float64 at a time: 16 MB."""
+CHUNK = 1 << 18
+"""How many elements of a weight are held in float64 at a time: 2 MB, so that they stay in a cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,12 +130,62 @@ class WeightLayout:
         rows = np.repeat(values.reshape(self.groups, -1), shape[0] // self.groups, axis=0)
         return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
 
-    def window(self, weight: Array, channel: int) -> tuple[Array, slice]:
+    def window(self, weight: Array | Scaled, channel: int) -> tuple[Array, slice]:
         """What output channel `channel` is made of: its weights [Cin/groups, *kernel], and the inputs they meet."""
         outputs, inputs = self.outputs(weight.shape) // self.groups, self.inputs(weight.shape) // self.groups
         group, index = divmod(channel, outputs)
         block = slice(group * inputs, (group + 1) * inputs)
         return (weight[block, index] if self.transposed else weight[channel]), block
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """weight * factor, rounded once to the type of the weight: computed where it is read, and as much of it.
+
+    factor: float64, with as many axes as the weight; each has its size or 1.
+    """
+
+    weight: Array
+    factor: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape: tuple[int, ...] = self.weight.shape
+        return shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        dtype: np.dtype[Any] = self.weight.dtype
+        return dtype
+
+    @property
+    def size(self) -> int:
+        return self.weight.size
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes
+
+    def __getitem__(self, index: Any) -> Array:
+        return scaled(self.weight[index], np.broadcast_to(self.factor, self.shape)[index], self.dtype)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return scaled(self.weight, self.factor, self.dtype if dtype is None else np.dtype(dtype))
+
+    @property
+    def rows(self) -> Callable[[Array, slice], Array]:
+        """What makes of rows of the weight those of the product; it does not hold the weight."""
+        factor = self.factor
+        return lambda weight, rows: scaled(weight, _rows(factor, rows), weight.dtype)
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether every element is a finite number; mostly the largest ones tell."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            largest = np.multiply(_largest(self.weight), np.abs(self.factor).max())
+        if np.isfinite(rounded(largest, self.dtype)):
+            return True
+        return all(is_finite(self[rows]) for rows in chunks(self.weight))
 
 
 class Constants(NamedTuple):
@@ -144,6 +194,13 @@ class Constants(NamedTuple):
     weight: Array
     bias: Array
     alpha: float = 1.0
+
+
+class NewConstants(NamedTuple):
+    """What is to be stored in the place of `Constants`."""
+
+    weight: Array | Scaled
+    bias: Array
 
 
 def scaled(weight: Array, factor: Array, dtype: np.dtype[Any]) -> Array:
@@ -173,7 +230,7 @@ def carried(weight: Array, shift: Array, layout: WeightLayout) -> Array:
 
 def agree(
     old: Constants,
-    new: Constants,
+    new: Constants | NewConstants,
     layout: WeightLayout,
     *,
     before: ChannelAffine | None = None,
@@ -242,11 +299,19 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> Array:
         return np.asarray(values).astype(dtype)
 
 
-def is_finite(array: Array) -> bool:
+def is_finite(array: Array | Scaled) -> bool:
     """Whether every element is a finite number; without a copy as large as the array."""
+    if isinstance(array, Scaled):
+        return array.is_finite
     if array.size <= CHUNK:
         return bool(np.isfinite(array).all())
     return all(bool(np.isfinite(array[rows]).all()) for rows in chunks(array))
+
+
+def _largest(array: Array) -> float:
+    """The largest magnitude; not finite where an element is not."""
+    bounds = [float(bound) for rows in chunks(array) for bound in (array[rows].min(), array[rows].max())]
+    return float(np.abs(bounds).max())
 
 
 def chunks(array: Array) -> Iterator[slice]:
@@ -256,7 +321,7 @@ def chunks(array: Array) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, array.shape[0], step))
 
 
-def _windows(weight: Array, layout: WeightLayout, channels: Sequence[int]) -> Array:
+def _windows(weight: Array | Scaled, layout: WeightLayout, channels: Sequence[int]) -> Array:
     """What a few output channels are made of: [channels, Cin/groups, taps]."""
     if layout.transposed:
         windows = np.stack([layout.window(weight, channel)[0] for channel in channels])

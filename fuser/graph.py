@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
+from fuser.affine import Scaled
 from fuser.ops import (
     AveragePool,
     Concat,
@@ -147,8 +148,10 @@ class Graph(Protocol):
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array | None) -> None:
+    def set_constants(self, op: Op, **arrays: Array | Scaled | None) -> None:
         """Give this call site new constants, by the names of the op's fields (`weight`, `bias`, ...).
+
+        A `Scaled` is the constant that is there now, times a factor.
 
         New names, and nobody else's change.  An absent operand is added, and None takes an optional one away.
         A `Linear` is left with alpha = beta = 1.  Each array has the dtype that is to be stored.

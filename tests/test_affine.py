@@ -172,6 +172,46 @@ def test_the_sum_over_a_kernel_does_not_depend_on_chunks(monkeypatch: pytest.Mon
         monkeypatch.undo()
 
 
+DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
+FACTORS = [(6, 1, 1), (1, 4, 1), (6, 4, 1), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", FACTORS)
+def test_a_part_of_a_product_is_that_part_of_the_whole(shape: tuple[int, ...], dtype: Any) -> None:
+    rng = np.random.default_rng(5)
+    weight, factor = rng.standard_normal((6, 4, 3)).astype(dtype), rng.standard_normal(shape)
+    product = affine.Scaled(weight, factor)
+    whole = affine.scaled(weight, factor, weight.dtype)
+    assert (product.shape, product.dtype, product.size, product.nbytes) == (
+        whole.shape,
+        whole.dtype,
+        whole.size,
+        whole.nbytes,
+    )
+    assert np.asarray(product).tobytes() == whole.tobytes()
+    for index in ([0, 3, 5], (slice(2, 4), 1), 3, slice(1, 5)):
+        assert product[index].tobytes() == whole[index].tobytes()
+    for rows in (slice(0, 6), slice(2, 5), slice(5, 6)):
+        assert product.rows(weight[rows], rows).tobytes() == whole[rows].tobytes()
+
+
+@pytest.mark.parametrize("shape", FACTORS)
+@pytest.mark.parametrize("spoilt", [None, np.inf, -np.inf, np.nan, 6e4, -6e4])
+def test_whether_a_product_is_finite_is_told_by_all_its_elements(
+    spoilt: float | None, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(affine, "CHUNK", 5)
+    rng = np.random.default_rng(6)
+    for place in ((0, 0, 0), (5, 3, 2), (3, 1, 1)):
+        weight, factor = rng.uniform(-1, 1, (6, 4, 3)).astype(np.float16), rng.uniform(0.5, 1, shape)
+        factor.reshape(-1)[-1] = -2.0  # the largest factor may meet the largest element, or not
+        if spoilt is not None:
+            weight[place] = spoilt
+        whole = affine.scaled(weight, factor, weight.dtype)
+        assert affine.is_finite(affine.Scaled(weight, factor)) == bool(np.isfinite(whole).all())
+
+
 # -- the check of one window
 
 LAYOUTS = [(WeightLayout(), (6, 6, 3)), (WeightLayout(True), (6, 6, 3)), (WeightLayout(groups=2), (6, 3, 3))]
@@ -190,6 +230,9 @@ def test_the_window_accepts_rounding_and_nothing_else(layout: WeightLayout, shap
     assert not affine.agree(old, Constants(wrong_axis, right_bias), layout, after=m)
     assert not affine.agree(old, Constants(right, np.zeros(6, dtype)), layout, after=m)
     assert not affine.agree(old, Constants(weight, right_bias), layout, after=m)
+    for shape_of_factor, fine in ((layout.along_outputs, True), (layout.along_inputs, False)):
+        product = affine.Scaled(weight, shape_of_factor(m.scale, shape))
+        assert affine.agree(old, affine.NewConstants(product, right_bias), layout, after=m) == fine
     spoilt = right.copy()
     spoilt.reshape(-1)[0] = float(spoilt.reshape(-1)[0]) * 2 + 1
     assert not affine.agree(old, Constants(spoilt, right_bias), layout, after=m)

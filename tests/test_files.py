@@ -519,6 +519,79 @@ def test_thousands_of_data_files_need_one_descriptor(tmp_path):
     assert numpy_helper.to_array(onnx.load(tmp_path / "o.onnx").graph.initializer[299])[0] == 299
 
 
+# --- tensors that are computed when they are read ------------------------------------------------------------------
+
+
+def doubled(array, rows):
+    """Each row, times two, plus its number."""
+    return (array * 2 + np.arange(rows.start, rows.stop, dtype=array.dtype)[:, None]).astype(array.dtype)
+
+
+def computed(model):
+    """Replace the first initializer by one that is computed; what it holds."""
+    (old, *_) = model.proto.graph.initializer
+    expected = doubled(model.array(old), slice(0, old.dims[0]))
+    new = model.computed("new", old, doubled)
+    assert new is not None and model.origin(new).name == "NEW"
+    old.CopyFrom(new)
+    return expected
+
+
+@pytest.mark.parametrize("at_a_time", [1, 300, 1 << 20])
+def test_a_computed_tensor_reads_like_a_stored_one(at_a_time, tmp_path, monkeypatch):
+    monkeypatch.setattr("fuser.files.sources.ROWS_AT_A_TIME", at_a_time)
+    weight = values(37, 25)
+    onnx.save(make_model(numpy_helper.from_array(weight, "w")), tmp_path / "m.onnx")
+    model = load(tmp_path / "m.onnx")
+    expected = computed(model)
+    (tensor,) = model.proto.graph.initializer
+    np.testing.assert_array_equal(model.array(tensor), expected)
+    assert b"".join(map(bytes, model.pieces(tensor))) == expected.tobytes()
+    blob, raw = model.blob(tensor), expected.tobytes()
+    rng = np.random.default_rng(0)
+    for start, end in np.sort(rng.integers(0, len(raw), (200, 2))).tolist():
+        view = memoryview(bytearray(end - start))
+        blob.source.readinto(view, start)
+        assert view.tobytes() == raw[start:end]
+
+
+@pytest.mark.parametrize("layout", ["auto", "single", "external"])
+@pytest.mark.parametrize("source", ["inline", "external"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_computed_tensor_is_written_whole(source, layout, in_place, tmp_path):
+    path, out = tmp_path / "m.onnx", tmp_path / ("m.onnx" if in_place else "o.onnx")
+    proto = make_model(numpy_helper.from_array(values(700, 900), "w"), numpy_helper.from_array(values(300), "v"))
+    onnx.save(proto, path, save_as_external_data=source == "external", location="m.data", size_threshold=0)
+    model = load(path)
+    expected = computed(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fuser.files.model.Spool", None)  # it takes no temporary file
+        saved = save(model, out, layout=layout)
+    assert (saved.data is not None) == (layout == "external" or (layout == "auto" and source == "external"))
+    (first, second) = load(out).proto.graph.initializer
+    np.testing.assert_array_equal(load(out).array(first), expected)
+    assert load(out).array(second).shape == (300,)
+
+
+def test_what_has_to_be_stored_is_not_computed(tmp_path, monkeypatch):
+    packed = helper.make_tensor("p", TensorProto.INT4, [64, 64], np.zeros(2048, np.uint8).tobytes(), raw=True)
+    protos = [numpy_helper.from_array(values(64, 64), "w"), numpy_helper.from_array(values(4, 4), "small"), packed]
+    scalar_like = numpy_helper.from_array(values(512), "row")
+    onnx.save(make_model(*protos, scalar_like), tmp_path / "m.onnx")
+    model = load(tmp_path / "m.onnx")
+    weight, small, packed, row = model.proto.graph.initializer
+    assert model.computed("n", small, doubled) is None
+    assert model.computed("n", packed, doubled) is None
+    assert model.computed("n", row, doubled) is not None
+    new = model.computed("n", weight, doubled)
+    assert new is not None
+    assert model.computed("n", new, doubled) is None  # it would be computed again and again
+    monkeypatch.setattr("fuser.files.model.ROWS_AT_A_TIME", 64 * 4 - 1)
+    assert model.computed("n", weight, doubled) is None
+    borrowed = ModelFile.from_proto(make_model(*protos))
+    assert borrowed.computed("n", borrowed.proto.graph.initializer[0], doubled) is None
+
+
 # --- cost -----------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
@@ -14,8 +15,11 @@ import pytest
 import torch
 from fuser.passes.fold_batch_norm import FoldBatchNorm
 from hosts_torch import Traced
+from onnx import numpy_helper
 from onnx_models import RNG, batch_norm, conv, conv_constants, model, node, op_types
 from rewriting import DOUBLE, applied, evaluate, refused, rewritten
+
+import fuser
 
 FOLD = FoldBatchNorm()
 
@@ -378,3 +382,77 @@ def test_unsound(monkeypatch: pytest.MonkeyPatch) -> None:
     """Were the algebra wrong, the fold would refuse."""
     monkeypatch.setattr("fuser.affine.scaled", lambda weight, factor, dtype: weight * 2)
     assert refused(standard("b"), FOLD) == {"unsound": 1}
+
+
+# -- weights that are large
+
+
+def large(tmp_path: Path, *nodes: onnx.NodeProto, external: bool, **tensors: np.ndarray) -> Path:
+    path, channels = tmp_path / "large.onnx", 520
+    found = {**conv_constants(channels, channels, 1), **tensors}
+    proto = model([conv(), *nodes], constants=found, x=("N", channels, 4, 4))
+    onnx.save(proto, path, save_as_external_data=external, location="large.data", size_threshold=1024)
+    return path
+
+
+def optimized(path: Path) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """From the file, and from memory."""
+    report = fuser.optimize(path, path.with_name("out.onnx")).report
+    assert report.verification is not None and report.verification.passed
+    return onnx.load(path.with_name("out.onnx")), fuser.optimize(onnx.load(path)).model
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_large_weight_takes_no_temporary_file(
+    external: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = large(tmp_path, batch_norm(), external=external)
+    expected = fuser.optimize(onnx.load(path)).model
+    monkeypatch.setattr("fuser.files.model.Spool", NoSpool)
+    fuser.optimize(path, tmp_path / "out.onnx", verify=False)
+    (weight, *_), (right, *_) = (
+        [numpy_helper.to_array(t) for t in proto.graph.initializer if t.name.startswith("w")]
+        for proto in (onnx.load(tmp_path / "out.onnx"), expected)
+    )
+    np.testing.assert_array_equal(weight, right)
+
+
+class NoSpool:
+    """One with room for what belongs to single channels."""
+
+    size = 0
+
+    def append(self, raw: Any) -> int:
+        assert raw.nbytes < 1 << 14
+        self.kept = [*getattr(self, "kept", []), raw.tobytes()]
+        self.size += raw.nbytes
+        return self.size - raw.nbytes
+
+    def readinto(self, view: memoryview, offset: int) -> None:
+        view[:] = b"".join(self.kept)[offset : offset + len(view)]
+
+    fd = None
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_large_weight_that_is_folded_twice_is_the_one_from_memory(external: bool, tmp_path: Path) -> None:
+    factor = RNG.uniform(0.5, 1.5, (520, 1, 1)).astype(np.float32)
+    nodes = batch_norm("c", "n"), node("Mul", ["n", "m"], ["s"]), node("Relu", ["s"], ["y"])
+    from_file, from_memory = optimized(large(tmp_path, *nodes, external=external, m=factor))
+    assert op_types(from_file.graph) == op_types(from_memory.graph) == ["Conv", "Relu"]
+    for a, b in zip(from_file.graph.initializer, from_memory.graph.initializer, strict=True):
+        np.testing.assert_array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b))
+
+
+def test_a_large_weight_that_would_overflow_stays(tmp_path: Path) -> None:
+    path = large(tmp_path, batch_norm(), external=False, gamma=np.full(520, 3e38, np.float32))
+    (remark,) = fuser.optimize(path, tmp_path / "out.onnx", passes=["fold-batch-norm"]).report.missed
+    assert remark.code == "not-finite"
+
+
+def test_a_large_weight_of_a_module() -> None:
+    module = torch.nn.Sequential(torch.nn.Conv2d(520, 520, 1), torch.nn.BatchNorm2d(520)).eval()
+    x = torch.randn(2, 520, 3, 3)
+    result = fuser.optimize(module, example_inputs=(x,))
+    assert [remark.pass_name for remark in result.report.applied] == ["fold-batch-norm"]
+    torch.testing.assert_close(result.model(x), module(x))

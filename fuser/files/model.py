@@ -4,6 +4,7 @@
 - the model file itself, under its own base name, for tensors that were inline in it;
 - files beside it, for external data;
 - `<fuser>/new`, a temporary file without a name, for tensors made by `ModelFile.tensor`;
+- `<fuser>/computed/N`, nothing but a function of another tensor, for those made by `ModelFile.computed`;
 - `<fuser>/caller/N`, memory of the ModelProto that was given to `ModelFile.from_proto`.
 `ModelFile.array` reads any of them; `save` writes each where it belongs.
 """
@@ -11,7 +12,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from enum import Enum
 from pathlib import Path
 
@@ -20,12 +21,13 @@ from google.protobuf.message import DecodeError, EncodeError, Message
 
 from fuser.errors import InputError
 from fuser.files import skeleton, tensors, wire
-from fuser.files.external import DataFiles
-from fuser.files.sources import Blob, Borrowed, File, Source, Spool
-from fuser.files.tensors import Array, shown
+from fuser.files.external import DataFile, DataFiles
+from fuser.files.sources import ROWS_AT_A_TIME, Blob, Borrowed, Computed, File, Source, Spool
+from fuser.files.tensors import Array, Bytes, shown
 
 _RESERVED = "<fuser>/"  # begins the locations that are no files
 _NEW = _RESERVED + "new"
+_COMPUTED = _RESERVED + "computed/"
 _MODEL = _RESERVED + "model"  # the model file, should its name not be UTF-8, which a proto demands
 
 
@@ -34,7 +36,7 @@ class Origin(Enum):
 
     INLINE = "the model itself"
     EXTERNAL = "a data file"
-    NEW = "ModelFile.tensor"
+    NEW = "ModelFile.tensor or ModelFile.computed"
 
 
 def load(path: str | os.PathLike[str]) -> ModelFile:
@@ -99,6 +101,7 @@ class ModelFile:
         self._data = data
         self._typed = typed or {}
         self._spool: Spool | None = None
+        self._computed: dict[str, Computed] = {}
         self.is_external = is_external
 
     @classmethod
@@ -180,6 +183,33 @@ class ModelFile:
             _refer(tensor, _NEW, self._spool.append(raw), raw.size)
         return tensor
 
+    def computed(
+        self, name: str, base: onnx.TensorProto, rows: Callable[[Array, slice], Array]
+    ) -> onnx.TensorProto | None:
+        """A new tensor like `base`, whose rows are computed from those of `base` whenever they are read.
+
+        rows: makes of some rows of `base`, given which those are, the new ones, of the same type and shape.
+        None where it has to be stored, as the base is not left in a file, or was computed itself, or has long rows.
+        """
+        format = tensors.FORMATS.get(base.data_type)
+        if base.data_location != onnx.TensorProto.EXTERNAL or format is None or format.bits < 8 or not base.dims:
+            return None
+        blob, shape = self.blob(base), base.dims[1:]
+        row = len(blob) // max(1, base.dims[0])
+        if not isinstance(blob.source, File | DataFile) or not 0 < row <= ROWS_AT_A_TIME:
+            return None
+
+        def compute(raw: Bytes, first: int) -> Bytes:
+            count = len(raw) // row
+            array = tensors.decode(raw, base.data_type, (count, *shape))
+            return tensors.encode(rows(array, slice(first, first + count)))[1]
+
+        location = f"{_COMPUTED}{len(self._computed)}"
+        self._computed[location] = Computed(blob, row, compute)
+        tensor = onnx.TensorProto(name=name, data_type=base.data_type, dims=base.dims)
+        _refer(tensor, location, 0, len(blob))
+        return tensor
+
     def blob(self, tensor: onnx.TensorProto) -> Blob:
         """Where the values of a referenced tensor lie.  Raises `InputError` when they cannot be there."""
         entries = {entry.key: entry.value for entry in tensor.external_data}
@@ -205,7 +235,7 @@ class ModelFile:
         """Where the values of a referenced tensor come from."""
         for entry in tensor.external_data:
             if entry.key == "location":
-                if entry.value == _NEW:
+                if entry.value == _NEW or entry.value in self._computed:
                     return Origin.NEW
                 if entry.value in self._sources:
                     return Origin.INLINE
@@ -230,7 +260,7 @@ class ModelFile:
         return own | self._data.identities()
 
     def _source(self, location: str) -> Source | None:
-        return self._spool if location == _NEW else self._sources.get(location)
+        return self._spool if location == _NEW else self._computed.get(location) or self._sources.get(location)
 
 
 def tensors_of(message: Message) -> Iterator[onnx.TensorProto]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,7 @@ from fuser.files.tensors import Bytes
 from fuser.files.wire import HEADER
 
 WINDOW = 64 * 1024  # what one look into a file reads
+ROWS_AT_A_TIME = 1 << 20  # bytes
 
 
 class Source(Protocol):
@@ -183,6 +184,30 @@ class Spool:
         while view:
             count = os.preadv(self.fd, [view], offset)
             view, offset = view[count:], offset + count
+
+
+class Computed:
+    """Rows that are computed from those of another tensor whenever they are read: they take no space.
+
+    base: rows of `row` bytes.
+    compute: given rows of the base and the number of the first, the new ones, as bytes.
+    """
+
+    fd = None
+
+    def __init__(self, base: Blob, row: int, compute: Callable[[Bytes, int], Bytes]) -> None:
+        self.size = len(base)
+        self._base, self._row, self._compute = base, row, compute
+
+    def readinto(self, view: memoryview, offset: int) -> None:
+        row, end = self._row, offset + len(view)
+        step = max(1, ROWS_AT_A_TIME // row)
+        for first in range(offset // row, -(-end // row), step):
+            start, stop = first * row, min((first + step) * row, -(-end // row) * row)
+            raw = Blob(self._base.source, self._base.offset + start, stop - start).array()
+            new = self._compute(raw, first)
+            here = slice(max(offset, start), min(end, stop))
+            view[here.start - offset : here.stop - offset] = new[here.start - start : here.stop - start].data
 
 
 class Borrowed:

@@ -16,6 +16,7 @@ import numpy as np
 from onnx import TensorProto
 
 from fuser import costs
+from fuser.affine import Scaled
 from fuser.files import ModelFile
 from fuser.graph import Array, Reader, Summary
 from fuser.graphs.onnx import carrier
@@ -308,7 +309,7 @@ class OnnxGraph:
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array | None) -> None:
+    def set_constants(self, op: Op, **arrays: Array | Scaled | None) -> None:
         node: Node = op.node
         weight = arrays.get("weight")
         if isinstance(op, Conv | Linear) and weight is not None and self._resizes(op, weight):
@@ -628,7 +629,7 @@ class OnnxGraph:
         for reader, position in readers:
             self.wiring.set_input(reader, position, value)
 
-    def _resizes(self, op: Conv | Linear, weight: Array) -> bool:
+    def _resizes(self, op: Conv | Linear, weight: Array | Scaled) -> bool:
         """Whether the new weight makes another number of outputs."""
         old = self.shape(op.weight)
         return old is None or old[op.out_axis] != weight.shape[op.out_axis]
@@ -670,12 +671,12 @@ class OnnxGraph:
         node.op, node.domain = "Identity", None
         node.attrs.clear()
 
-    def _set_operand(self, node: Node, position: int, field: str, array: Array) -> None:
-        old = node.inputs[position] if position < len(node.inputs) else None
-        base = old.name if old is not None and old is not ABSENT else f"{node.name or node.outputs[0].name}.{field}"
-        self.wiring.set_input(node, position, self._new_constant(node.scope, base, array, node))
+    def _set_operand(self, node: Node, position: int, field: str, array: Array | Scaled) -> None:
+        old = node.inputs[position] if position < len(node.inputs) else ABSENT
+        base = f"{node.name or node.outputs[0].name}.{field}" if old is ABSENT else old.name
+        self.wiring.set_input(node, position, self._new_constant(node.scope, base, array, node, of=old))
 
-    def _set_matmul_bias(self, matmul: Node, array: Array) -> None:
+    def _set_matmul_bias(self, matmul: Node, array: Array | Scaled) -> None:
         if (add := bias_add(self, matmul)) is not None:
             self._set_operand(add, bias_position(self, add), "bias", array)
             return
@@ -689,10 +690,15 @@ class OnnxGraph:
         self.wiring.insert(add, after=matmul)
         self.wiring.link(add, [product, bias], [output])
 
-    def _new_constant(self, scope: Scope, base: str, array: Array, user: Node) -> Tensor:
-        """A constant under a new name; a node before `user` where the scope can hold no initializers."""
+    def _new_constant(
+        self, scope: Scope, base: str, array: Array | Scaled, user: Node, *, of: Tensor = ABSENT
+    ) -> Tensor:
+        """A constant under a new name; a node before `user` where the scope can hold no initializers.
+
+        of: what a `Scaled` is a product of.
+        """
         name = self._fresh(base.removesuffix("_folded") + "_folded")
-        tensor = StoredConstant(self._model.tensor(name, array))
+        tensor = StoredConstant(self._computed(name, array, of) or self._model.tensor(name, np.asarray(array)))
         scope.changed = True
         if self._holds_initializers(scope):
             scope.new_constants.append(tensor)
@@ -706,6 +712,12 @@ class OnnxGraph:
         self.wiring.adopt(scope, output)
         self.known.add(output)
         return output
+
+    def _computed(self, name: str, array: Array | Scaled, of: Tensor) -> TensorProto | None:
+        """What is no more than a stored weight times a factor, where that need not be stored before the model is."""
+        if not isinstance(array, Scaled) or not isinstance(of, StoredConstant) or of.proto is None:
+            return None
+        return self._model.computed(name, of.proto, array.rows)
 
     def _holds_initializers(self, scope: Scope) -> bool:
         return not scope.in_function and (self._ir_version >= FORMAL_INPUTS_BEFORE_IR or scope.parent is None)

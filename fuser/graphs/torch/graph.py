@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
+from fuser.affine import Scaled
 from fuser.graph import Array, Dim, Reader, Summary
 from fuser.graphs.torch.calls import aten, bind, signature, write
 from fuser.graphs.torch.captured import CapturedCarrier
@@ -362,8 +364,9 @@ class TorchGraph:
 
     # -- editing
 
-    def set_constants(self, op: Op, **arrays: Array | None) -> None:
-        set_operands(self, self._wiring, self._constants, op, arrays)
+    def set_constants(self, op: Op, **arrays: Array | Scaled | None) -> None:
+        computed = {field: None if array is None else np.asarray(array) for field, array in arrays.items()}
+        set_operands(self, self._wiring, self._constants, op, computed)
         self.edits += 1
 
     def set_padding(self, op: Conv | AveragePool | MaxPool, padding: Padding) -> None:
