@@ -48,7 +48,7 @@ peak = max(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 print(json.dumps([seconds, peak / 1024]))
 """
 
-OURS = "import fuser.api, fuser.files, fuser.graphs.onnx.graph"
+OURS = "import fuser.api, fuser.files, fuser.graphs.onnx.graph; fuser.list_passes()"
 TOOLS = {
     "fuser": (OURS, "fuser.optimize({source!r}, {target!r}, verify=False)"),
     "fuser, verified": (OURS, "fuser.optimize({source!r}, {target!r}, verify={whole})"),

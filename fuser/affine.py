@@ -9,6 +9,7 @@ end, to the type that is stored.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -244,14 +245,15 @@ def agree(
     outputs = layout.outputs(new.weight.shape)
     if not outputs:
         return True
-    channels = sorted({0, outputs // 2, outputs - 1})
+    channels = [0, outputs // 2, outputs - 1]
     weights = _windows(old.weight, layout, channels)
-    x = _inputs(weights[0].size).reshape(weights[0].shape)
+    x = _inputs(weights.shape[1])
     seen = x
     if before is not None:
         blocks = [layout.window(old.weight, channel)[1] for channel in channels]
-        seen = x * np.stack([before.scale[block, None] for block in blocks])
-        seen = seen + np.stack([before.shift[block, None] for block in blocks])
+        taps = math.prod(old.weight.shape[2:])
+        scale, shift = (np.stack([np.repeat(v[block], taps) for block in blocks]) for v in (before.scale, before.shift))
+        seen = x * scale + shift
     value, size = _products(weights, seen)
     bias = _first_row(old.bias, channels)
     value, size = old.alpha * value + bias, abs(old.alpha) * size + np.abs(bias)
@@ -322,17 +324,19 @@ def chunks(array: Array) -> Iterator[slice]:
 
 
 def _windows(weight: Array | Scaled, layout: WeightLayout, channels: Sequence[int]) -> Array:
-    """What a few output channels are made of: [channels, Cin/groups, taps]."""
+    """What a few output channels are made of: [channels, Cin/groups * taps]."""
     if layout.transposed:
         windows = np.stack([layout.window(weight, channel)[0] for channel in channels])
     else:
         windows = weight[channels]  # the same, in one step
-    return _float64(windows).reshape(*windows.shape[:2], -1)
+    return _float64(windows).reshape(len(channels), -1)
 
 
 def _products(weights: Array, x: Array) -> tuple[Array, Array]:
-    """(sum, sum of magnitudes) of weight * x, for each channel."""
-    products = (weights * x).reshape(len(weights), -1)
+    """(sum, sum of magnitudes) of weight * x, for each channel; x is the same for all of them, or one for each."""
+    if x.ndim == 1:
+        return weights @ x, np.abs(weights) @ np.abs(x)
+    products = weights * x
     return products.sum(axis=1), np.abs(products).sum(axis=1)
 
 
@@ -346,8 +350,8 @@ def _inputs(count: int) -> Array:
 
 def _first_row(bias: Array, channels: Sequence[int]) -> Array:
     """The biases of a few channels, in the first row where rows differ."""
-    found: Array = bias.reshape(-1, bias.shape[-1])[0, channels]
-    return found
+    row: Array = bias if bias.ndim == 1 else bias.reshape(-1, bias.shape[-1])[0]
+    return row[channels]
 
 
 def _float64(array: Array) -> Array:

@@ -74,14 +74,13 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
         """
         remarks = []
         for op in graph.ops(self.root):
-            site = graph.describe(op)
             try:
-                if not self.concerns(graph, op):  # type: ignore[arg-type]
-                    continue
-                remarks.append(self._visit(graph, op, site, admit))
+                if self.concerns(graph, op):  # type: ignore[arg-type]
+                    remarks.append(self._visit(graph, op, graph.describe(op), admit))
             except PassError:
                 raise
             except Exception as error:
+                site = graph.describe(op)
                 raise PassError(f"{self.name} failed at {site}: {type(error).__name__}: {error}", self.name) from error
         return remarks
 

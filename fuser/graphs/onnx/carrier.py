@@ -57,6 +57,8 @@ def _patch_node(node: Node, proto: NodeProto, new_attributes: Collection[str]) -
     del proto.input[:], proto.output[:]
     proto.input.extend(tensor.name for tensor in node.inputs)
     proto.output.extend(tensor.name for tensor in node.outputs)
+    if not new_attributes and len(proto.attribute) == len(node.attrs):
+        return
     for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type in IN_EDITOR]:
         proto.attribute.remove(attribute)
     new = sorted(name for name in new_attributes if name in node.attrs)  # another edit may have taken one away again
