@@ -172,12 +172,10 @@ ABSENT = Variable("")
 
 def import_node(proto: NodeProto, scope: Scope) -> Node:
     """The node of a scope, without its links and bodies.  Raises `InputError` for names that are no text."""
-    name = proto.name
-    if isinstance(name, bytes):
-        reject_bytes(name)
+    reject_bytes(proto.name)
     domain = proto.domain if proto.HasField("domain") else None
     attributes = {a.name: _value(a) for a in proto.attribute if a.type in _READ or a.ref_attr_name}
-    node = Node(proto.op_type, name, attributes, domain, proto)
+    node = Node(proto.op_type, proto.name, attributes, domain, proto)
     node.scope = scope
     return node
 

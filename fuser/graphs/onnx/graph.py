@@ -1,8 +1,8 @@
 """The ONNX graph: onnx-graphsurgeon edits, the original ModelProto carries.
 
-GraphSurgeon drops metadata, denotations and optional types on export and copies every weight.  So a model is
-imported through it and never exported through it: `to_model` patches what changed into the proto that was
-loaded, and everything else keeps its bytes.
+GraphSurgeon drops metadata, denotations and optional types on export and copies every weight.  So a model is never
+exported through it: `to_model` patches what changed into the proto that was loaded, and everything else keeps its
+bytes.
 """
 
 from __future__ import annotations
