@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -159,6 +160,7 @@ def measure(tool: str, source: Path, timeout: float, whole: bool) -> tuple[float
     script = RUN.format(setup=setup, call=call.format(**options))
     best: tuple[float, float] | None = None
     for _ in range(REPEATS):
+        os.sync()  # who writes is held up while much is still to be brought to the disk
         try:
             done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout)
         except subprocess.TimeoutExpired:
