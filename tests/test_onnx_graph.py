@@ -620,6 +620,35 @@ def test_what_a_body_reads_of_a_later_node_is_that_nodes() -> None:
     assert op_types(result.model.graph) == ["Gemm", "If", "Flatten", "Exp"]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "rank"),
+    [
+        (["MatMul w"], 2),
+        (["MatMul w", "Relu"], 2),
+        (["Add w"], 2),
+        (["Add cube"], 3),
+        (["Add row"], 2),
+        (["Sub row", "MatMul w", "Mul cube", "Softmax"], 3),
+        (["MatMul cube"], None),
+        (["Add unknown"], None),
+        (["Pow row"], None),
+    ],
+)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_rank_is_known_where_inference_knows_no_shape(nodes: list[str], rank: int | None, turned: bool) -> None:
+    built, value = [node("Opaque", ["x"], ["unknown"], domain="custom"), node("Gemm", ["unknown", "w"], ["v0"])], "v0"
+    for number, text in enumerate(nodes, 1):
+        kind, *operand = text.split()
+        operands = [*operand, value] if turned and kind in ("Add", "Sub", "Mul") else [value, *operand]
+        built.append(node(kind, operands, [value := f"v{number}"]))
+    built.append(node("Identity", [value], ["y"]))
+    constants = {"w": np.eye(4, dtype="f"), "cube": np.ones((2, 4, 4), "f"), "row": np.ones(4, "f")}
+    graph = OnnxGraph(ModelFile.from_proto(model(built, constants=constants, x=["N", 4])))
+    tensor = graph.wiring.scopes[0].names[value]
+    graph.known._types = dict.fromkeys(graph.known._inferred(), (0, None))  # as if inference had said nothing
+    assert graph.rank(tensor) == rank
+
+
 def test_of_an_operator_that_gets_wider_the_rank_stays_known() -> None:
     """Else the next pass could not tell on how many axes it works."""
     constants = {"w": np.ones((4, 3), np.float32), "b": np.ones(3, np.float32)}

@@ -75,6 +75,9 @@ KEEPS_RANK = frozenset(
 )
 """Operators whose output has as many axes as their first operand; inference saw no Reshape that became known since."""
 
+BROADCASTS = frozenset({"Add", "Sub", "Mul", "Div"})
+"""Operators whose output has as many axes as that of their two operands which has more."""
+
 _GEMM_TYPES = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 
 _COUNTED = frozenset({"Conv", "ConvTranspose", "MatMul", "Gemm"})
@@ -198,21 +201,30 @@ class OnnxGraph:
         return self.known.shape(value)
 
     def rank(self, value: Value) -> int | None:
+        least = 0  # what broadcasting makes of it
         while True:
             producer = self.producer(value)
             kind = operator(producer)
             if kind == "Gemm":
-                return 2
+                return max(least, 2)
             operands = [] if producer is None else producer.inputs
             if kind in ("Conv", "ConvTranspose") and len(operands) > 1:
                 value = operands[1]  # ONNX has no unbatched convolution
                 continue
             shape = self.known.shape(value)
             if shape is not None:
-                return len(shape)
-            if kind not in KEEPS_RANK:
+                return max(least, len(shape))
+            if kind in KEEPS_RANK:
+                value = operands[0]
+                continue
+            first, second = (self.known.shape(x) for x in operands) if len(operands) == 2 else (None, None)
+            if kind == "MatMul" and second is not None and len(second) == 2:
+                value = operands[0]
+            elif kind in BROADCASTS and (first is None) != (second is None):
+                least = max(least, len(first or second or ()))
+                value = operands[0] if first is None else operands[1]
+            else:
                 return None
-            value = operands[0]
 
     def can_vanish(self, op: Op, by: Value) -> bool:
         return all(not output.public or self._can_write(value, op) for output, value in self._pairs(op, by))
