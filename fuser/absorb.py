@@ -580,7 +580,8 @@ def constants_of(graph: Graph, op: Conv | Linear) -> Constants | Missed:
 
 
 DEFERRED = 1 << 20
-"""From so many bytes on, a weight times a factor is left for the graph to compute where it is stored."""
+"""From so many bytes on, a weight times a factor is left for the graph to compute where it is stored; but for a factor
+that takes as much itself, as those of groups may."""
 
 
 def new_constants(op: Conv | Linear, old: Constants, factor: Array, bias: Array) -> dict[str, Array | Scaled]:
@@ -590,7 +591,8 @@ def new_constants(op: Conv | Linear, old: Constants, factor: Array, bias: Array)
     arrays: dict[str, Array | Scaled] = {}
     if not neutral or (factor != 1).any():
         product = Scaled(old.weight, factor)
-        arrays["weight"] = product if product.nbytes >= DEFERRED else np.asarray(product)
+        is_light = product.nbytes >= max(DEFERRED, 8 * product.factor.nbytes)
+        arrays["weight"] = product if is_light else np.asarray(product)
     if (op.bias is not None and not neutral) or not np.array_equal(bias, old.bias):
         arrays["bias"] = algebra.rounded(bias, dtype)
     return arrays

@@ -121,6 +121,8 @@ class WeightLayout:
         """[Cout] values, shaped to multiply the weight: each element meets the value of its output channel."""
         if not self.transposed:
             return values.reshape(-1, *[1] * (len(shape) - 1))
+        if self.groups == 1:
+            return values.reshape(1, -1, *[1] * (len(shape) - 2))
         rows = np.repeat(values.reshape(self.groups, -1), shape[0] // self.groups, axis=0)
         return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
 
@@ -128,6 +130,8 @@ class WeightLayout:
         """[Cin] values, shaped to multiply the weight: each element meets the value of its input channel."""
         if self.transposed:
             return values.reshape(-1, *[1] * (len(shape) - 1))
+        if self.groups == 1:
+            return values.reshape(1, -1, *[1] * (len(shape) - 2))
         rows = np.repeat(values.reshape(self.groups, -1), shape[0] // self.groups, axis=0)
         return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
 
@@ -168,7 +172,13 @@ class Scaled:
         return self.weight.nbytes
 
     def __getitem__(self, index: Any) -> Array:
-        return scaled(self.weight[index], np.broadcast_to(self.factor, self.shape)[index], self.dtype)
+        """A few rows, by their numbers or as a slice, and where a second index is given, that column of them."""
+        rows, *column = index if isinstance(index, tuple) else (index,)
+        if not isinstance(rows, slice):
+            return np.concatenate([self[row : row + 1] for row in rows])
+        place = (slice(None), *column)
+        found: Array = self.rows(self.weight[rows], rows)[place]
+        return found
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
         return scaled(self.weight, self.factor, self.dtype if dtype is None else np.dtype(dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,11 @@ from fuser.remarks import Missed, Remark
 from fuser.rewrite import RewritePass
 
 MAX_ROUNDS = 100
-"""A pipeline that still changes the graph after this many rounds undoes its own work somewhere."""
+"""A pipeline that still changes the graph after this many rounds undoes its own work somewhere, unless there are ever
+fewer nodes."""
+
+PATIENCE = 10
+"""Rounds after those in which the nodes need not become fewer."""
 
 Rewrite = tuple[str, str]
 """What identifies a rewrite from one run to the next: (pass name, site)."""
@@ -86,7 +91,8 @@ def run(
         admitted += 1
         return None
 
-    for _ in range(MAX_ROUNDS):
+    fewest, idle = math.inf, 0
+    while outcome.rounds < MAX_ROUNDS or idle <= PATIENCE:
         outcome.rounds += 1
         before = settled = graph.edits
         for rewrite_pass, record in zip(passes, outcome.runs, strict=True):
@@ -111,8 +117,12 @@ def run(
         if graph.edits == before:
             outcome.missed = [remark for remarks in missed.values() for remark in remarks]
             return outcome
+        if outcome.rounds >= MAX_ROUNDS:
+            nodes = sum(graph.summary().ops.values())
+            idle = 0 if nodes < fewest else idle + 1
+            fewest = min(fewest, nodes)
     busy = ", ".join(sorted({remark.pass_name for remark in outcome.applied[-10:]}))
-    raise PassError(f"the passes still change the graph after {MAX_ROUNDS} rounds, so they undo each other: {busy}")
+    raise PassError(f"the passes still change the graph after {outcome.rounds} rounds, so they undo each other: {busy}")
 
 
 def _run_once(graph: Graph, rewrite_pass: RewritePass[Any, Any], admit: Any) -> list[Remark]:

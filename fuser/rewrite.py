@@ -74,13 +74,15 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
         """
         remarks = []
         for op in graph.ops(self.root):
+            site = ""
             try:
                 if self.concerns(graph, op):  # type: ignore[arg-type]
-                    remarks.append(self._visit(graph, op, graph.describe(op), admit))
+                    site = graph.describe(op)
+                    remarks.append(self._visit(graph, op, site, admit))
             except PassError:
                 raise
             except Exception as error:
-                site = graph.describe(op)
+                site = site or graph.describe(op)
                 raise PassError(f"{self.name} failed at {site}: {type(error).__name__}: {error}", self.name) from error
         return remarks
 

@@ -111,20 +111,29 @@ class MergeBranches(RewritePass[Arithmetic, Merge]):
         return found
 
     def rewrite(self, graph: Graph, match: Merge) -> str:
-        graph.set_constants(match.host, **match.arrays)
-        if isinstance(match.sum, Sum):
-            graph.set_inputs(match.sum, match.rest)
-        else:
-            graph.replace(match.sum, by=match.host.output)
-        return f"{match.guest} is part of {graph.describe(match.host)}"
+        done: list[str] = []
+        found: Merge | Missed | None = match
+        while isinstance(found, Merge):
+            graph.set_constants(found.host, **found.arrays)
+            done.append(f"{found.guest} is part of {graph.describe(found.host)}")
+            if not isinstance(found.sum, Sum):
+                graph.replace(found.sum, by=found.host.output)
+                break
+            graph.set_inputs(found.sum, found.rest)
+            left = graph.op_producing(found.sum.output)  # at once: a round for each of many would take long
+            found = self.match(graph, left) if isinstance(left, Arithmetic) and self.concerns(graph, left) else None
+        return "; ".join(done)
 
 
 def _pairs(graph: Graph, total: Arithmetic) -> Iterator[tuple[Branch, Branch]]:
     """Readings of two operands that share their source, one of which is an operator."""
-    readings = [list(_branches(graph, term, sign, value)) for term, (sign, value) in enumerate(total.terms)]
-    for lefts, rights in itertools.combinations(readings, 2):
-        for left, right in itertools.product(lefts, rights):
-            if left.source is right.source and (left.operator is not None or right.operator is not None):
+    by_source: dict[int, list[Branch]] = {}
+    for term, (sign, value) in enumerate(total.terms):
+        for branch in _branches(graph, term, sign, value):
+            by_source.setdefault(id(branch.source), []).append(branch)
+    for branches in by_source.values():
+        for left, right in itertools.combinations(branches, 2):
+            if left.operator is not None or right.operator is not None:
                 yield left, right
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -15,6 +16,8 @@ from onnx_models import node
 from torch import nn
 
 import fuser
+from fuser.errors import InputError
+from fuser.graphs.onnx.editor import ABSENT
 
 DOUBLE = onnx.TensorProto.DOUBLE
 RNG = np.random.default_rng(41)
@@ -362,3 +365,129 @@ def test_what_training_updates_is_no_constant() -> None:
         assert {remark.code for remark in result.report.missed} == {"overridable"}
         assert "training_info" in result.report.missed[0].reason
         assert result.model.SerializeToString(deterministic=True) == before
+
+
+# -- operands and results that are left out
+
+
+def test_what_a_node_makes_for_nobody_is_no_operand_of_another() -> None:
+    nodes = [
+        node("Split", ["pair", "halves"], ["a", ""], axis=0),
+        node("Slice", ["grid", "start", "end", "", "step"], ["c"]),
+        node("Cast", ["a"], ["af"], to=DOUBLE),
+        node("Mul", ["c", "af"], ["k"]),
+        node("Add", ["x", "k"]),
+    ]
+    constants = {
+        "pair": np.array([1, 1]),
+        "halves": np.array([1, 1]),
+        "grid": normal(4, 6),
+        "start": np.array([0]),
+        "end": np.array([4]),
+        "step": np.array([2]),
+    }
+    proto = model(nodes, [2, 6], [2, 6], constants)
+    result = check(proto)
+    assert [one.op_type for one in result.graph.node] == ["Add"]
+    (k,) = (numpy_helper.to_array(t) for t in result.graph.initializer)
+    np.testing.assert_array_equal(k, constants["grid"][:4:2])
+    assert not ABSENT.known and not ABSENT.slots and not ABSENT.inputs and not ABSENT.public
+
+
+@pytest.mark.parametrize("read", ["y", "inv"])
+def test_a_result_behind_one_that_is_left_out(read: str) -> None:
+    float_ = onnx.TensorProto.FLOAT
+    nodes = [node("LayerNormalization", ["c", "one"], ["y", "", "inv"]), node("Add", ["x", read], ["z"])]
+    values = np.array([[1, 2, 3, 4], [5, 6, 7, 9]], np.float32)
+    tensors = [numpy_helper.from_array(values, "c"), numpy_helper.from_array(np.ones(4, np.float32), "one")]
+    infos = [helper.make_tensor_value_info(name, float_, [2, 4]) for name in ("x", "z")]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", infos[:1], infos[1:], tensors),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=8,
+    )
+    result = fuser.optimize(proto, verify=False).model
+    assert [one.op_type for one in result.graph.node] == ["Add"]
+    spread = 1 / np.sqrt(values.var(axis=1, keepdims=True) + 1e-5)
+    expected = spread if read == "inv" else (values - values.mean(axis=1, keepdims=True)) * spread
+    (found,) = (numpy_helper.to_array(t) for t in result.graph.initializer)
+    np.testing.assert_allclose(np.broadcast_to(found, (2, 4)), np.broadcast_to(expected, (2, 4)), rtol=1e-5)
+
+
+def test_an_empty_list_of_axes_beside_an_edit() -> None:
+    reduce = node("ReduceMean", ["c2"], ["r"], keepdims=1)
+    reduce.attribute.append(helper.make_attribute("axes", [], attr_type=onnx.AttributeProto.INTS))
+    nodes = [node("Add", ["x", "c1"], ["p"]), reduce, node("Add", ["p", "r"], ["y"])]
+    values = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16)
+    tensors = [numpy_helper.from_array(values, name) for name in ("c1", "c2")]
+    infos = [helper.make_tensor_value_info(name, onnx.TensorProto.BFLOAT16, [2, 3]) for name in ("x", "y")]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", infos[:1], infos[1:], tensors),
+        opset_imports=[helper.make_opsetid("", 13)],
+        ir_version=8,
+    )
+    result = fuser.optimize(proto, passes=["fold-constants", "eliminate-duplicate-constants"], verify=False)
+    (kept,) = (one for one in result.model.graph.node if one.op_type == "ReduceMean")
+    assert list(kept.input) == ["c1"]
+    assert [attribute.name for attribute in kept.attribute] == ["keepdims", "axes"]
+
+
+# -- nodes that are not legal, and names that are no text, are for the runtime, or refused in one line
+
+NOTHING = helper.make_graph([], "nothing", [], [])
+RELU = node("Relu", ["x"], ["y"])
+ILLEGAL = {
+    "Relu without operands": [node("Relu", [], ["r"]), node("Mul", ["r", "k"])],
+    "Shape without results": [helper.make_node("Shape", ["x"], []), RELU],
+    "Shape without operands": [node("Shape", [], ["q"]), RELU],
+    "Reshape without results": [helper.make_node("Reshape", ["x"], []), RELU],
+    "Constant without results": [helper.make_node("Constant", [], [], value_int=1), RELU],
+    "Constant with two results": [
+        helper.make_node("Constant", [], ["c", "d"], value_float=1.0),
+        node("Mul", ["x", "d"]),
+    ],
+    "If without results": [helper.make_node("If", ["k"], [], then_branch=NOTHING, else_branch=NOTHING), RELU],
+}
+
+
+@pytest.mark.parametrize("nodes", ILLEGAL.values(), ids=ILLEGAL)
+def test_nodes_that_lack_something(nodes: list[onnx.NodeProto]) -> None:
+    info = [helper.make_tensor_value_info(name, DOUBLE, [2, 3]) for name in ("x", "y")]
+    tensors = [numpy_helper.from_array(np.ones((1, 1)), "k")]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", info[:1], info[1:], tensors), opset_imports=[helper.make_opsetid("", 17)]
+    )
+    assert fuser.optimize(proto, verify=False).model.graph.output[0].name == "y"
+
+
+@pytest.mark.parametrize("name", [b"QQop", b"QQin", b"QQout", b"QQname", b"QQdomain"])
+@pytest.mark.parametrize("where", ["main", "body", "function"])
+def test_a_name_that_is_no_text(where: str, name: bytes) -> None:
+    odd = helper.make_node("QQop", ["x", "QQin"], ["QQout"], name="QQname", domain="QQdomain")
+    info = [helper.make_tensor_value_info(one, DOUBLE, [2, 3]) for one in ("x", "y")]
+    nodes, functions = [odd, node("Relu", ["x"], ["y"])], []
+    if where == "body":
+        branch = helper.make_graph([odd], "b", [], [helper.make_tensor_value_info("QQout", DOUBLE, [2, 3])])
+        nodes = [node("If", ["k"], ["y"], then_branch=branch, else_branch=branch)]
+    elif where == "function":
+        functions = [helper.make_function("my", "F", ["x"], ["QQout"], [odd], [helper.make_opsetid("", 17)])]
+        nodes = [node("Relu", ["x"], ["y"])]
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
+    tensors = [numpy_helper.from_array(np.array(True), "k")]
+    proto = helper.make_model(
+        helper.make_graph(nodes, "g", info[:1], info[1:], tensors), opset_imports=opsets, functions=functions
+    )
+    spoilt = onnx.ModelProto.FromString(proto.SerializeToString().replace(name, b"\xff\xfe" + name[2:]))
+    with pytest.raises(InputError, match="UTF-8") as error:
+        fuser.optimize(spoilt, verify=False)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sum_of_more_branches_than_there_are_rounds() -> None:
+    count = 130
+    nodes = [node("Conv", ["x", f"w{i}"], [f"c{i}"]) for i in range(count)]
+    nodes.append(node("Sum", [f"c{i}" for i in range(count)], ["y"]))
+    constants = {f"w{i}": normal(2, 2, 1) for i in range(count)}
+    proto = model(nodes, [2, 2, 5], [2, 2, 5], constants)
+    assert [one.op_type for one in check(proto, normal(2, 2, 5)).graph.node] == ["Conv"]
+    assert fuser.optimize(proto, verify=False).report.rounds < 5  # not one for each

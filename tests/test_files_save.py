@@ -322,6 +322,31 @@ def test_a_source_that_others_write_to_is_noticed(rich, tmp_path):
     assert names(tmp_path) == {"rich.onnx"}
 
 
+@pytest.mark.parametrize("when", ["before", "while it is copied"])
+@pytest.mark.parametrize("how", ["written", "shortened"])
+def test_a_data_file_that_others_write_to_is_noticed(how, when, tmp_path, monkeypatch):
+    path = external(tmp_path)
+    model = load(path)
+    (data,) = (other for other in path.parent.iterdir() if other != path)
+
+    def disturb():
+        os.utime(data, ns=(1, 1))
+        if how == "written":
+            data.write_bytes(data.read_bytes())
+        else:
+            os.truncate(data, data.stat().st_size - 1)
+
+    if when == "before":
+        disturb()
+    else:
+        write = atomic_module.Replacement.prepare
+        monkeypatch.setattr(atomic_module.Replacement, "prepare", lambda new: (write(new), disturb()))
+    before = names(tmp_path)
+    with pytest.raises(InputError, match=r"changed by somebody else|truncated|became shorter"):
+        save(model, tmp_path / "o.onnx")
+    assert names(tmp_path) == before
+
+
 def test_a_source_that_others_replace_is_still_readable(rich, tmp_path):
     model, whole = load(rich), rich.read_bytes()
     os.replace(shutil.copy(rich, tmp_path / "copy"), rich)

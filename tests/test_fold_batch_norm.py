@@ -20,6 +20,7 @@ from onnx_models import RNG, batch_norm, conv, conv_constants, model, node, op_t
 from rewriting import DOUBLE, applied, evaluate, refused, rewritten
 
 import fuser
+from fuser.files import ModelFile
 
 FOLD = FoldBatchNorm()
 
@@ -442,6 +443,71 @@ def test_a_large_weight_that_is_folded_twice_is_the_one_from_memory(external: bo
     assert op_types(from_file.graph) == op_types(from_memory.graph) == ["Conv", "Relu"]
     for a, b in zip(from_file.graph.initializer, from_memory.graph.initializer, strict=True):
         np.testing.assert_array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b))
+
+
+LARGE_LAYERS = {
+    "grouped": ((520, 260, 1, 2), lambda: conv("x", "c", group=2)),
+    "depthwise": ((520, 1, 1, 1024), lambda: conv("x", "c", group=520)),
+    "transposed": ((520, 520, 1, 1), lambda: node("ConvTranspose", ["x", "w"], ["c"])),
+    "transposed and grouped": ((520, 260, 1, 2), lambda: node("ConvTranspose", ["x", "w"], ["c"], group=2)),
+    "one output": ((1, 520, 23, 23), lambda: conv("x", "c")),
+}
+
+
+def bytes_kept(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """To be filled with what each weight that is computed keeps in memory until it is written."""
+    kept: list[int] = []
+    computed = ModelFile.computed
+
+    def watched(model: ModelFile, name: str, base: Any, rows: Any) -> Any:
+        kept.append(sum(cell.cell_contents.nbytes for cell in rows.__closure__))
+        return computed(model, name, base, rows)
+
+    monkeypatch.setattr(ModelFile, "computed", watched)
+    return kept
+
+
+@pytest.mark.parametrize("layer", LARGE_LAYERS)
+@pytest.mark.parametrize("ahead", [False, True])
+def test_large_layers_of_every_kind_are_those_from_memory(
+    layer: str, ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, make = LARGE_LAYERS[layer]
+    first = make()
+    outputs = shape[1] * 2 if first.op_type == "ConvTranspose" and len(first.attribute) else shape[0]
+    channels = 520 if ahead else outputs
+    constants = {**conv_constants(4, channels), "w": RNG.standard_normal(shape).astype(np.float32) / 100}
+    nodes = [first, batch_norm("c", "y")]
+    if ahead:
+        first.input[0], first.output[0] = "n", "y"
+        nodes = [node("Relu", ["x"], ["r"]), batch_norm("r", "n"), first]
+        if first.op_type == "ConvTranspose":  # a shift does not commute with it
+            constants["beta"], constants["mean"] = np.zeros(520, np.float32), np.zeros(520, np.float32)
+    path = tmp_path / "large.onnx"
+    onnx.save(model(nodes, constants=constants, x=("N", 520, 23, 1024)), path)
+    kept = bytes_kept(monkeypatch)
+    from_file = fuser.optimize(path, tmp_path / "out.onnx", verify=False).report
+    assert from_file.after.ops.get("BatchNormalization", 0) == 0
+    assert sum(kept) <= 1 << 17  # of more than a megabyte; what would take more is stored
+    from_memory = fuser.optimize(onnx.load(path), verify=False).model
+    for a, b in zip(onnx.load(tmp_path / "out.onnx").graph.initializer, from_memory.graph.initializer, strict=True):
+        np.testing.assert_array_equal(numpy_helper.to_array(a), numpy_helper.to_array(b))
+
+
+@pytest.mark.parametrize("turned", [0, 1])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_factor_of_a_large_matrix_takes_no_space(
+    turned: int, ahead: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, size = bytes_kept(monkeypatch), 520
+    gemm = node("Gemm", ["m" if ahead else "x", "w"], ["y" if ahead else "c"], transB=turned, alpha=0.5)
+    scale = node("Mul", ["x" if ahead else "c", "s"], ["m" if ahead else "y"])
+    constants = {name: RNG.standard_normal(shape).astype("f") for name, shape in (("w", (size, size)), ("s", size))}
+    path = tmp_path / "large.onnx"
+    onnx.save(model([scale, gemm] if ahead else [gemm, scale], constants=constants, x=("N", size)), path)
+    report = fuser.optimize(path, tmp_path / "out.onnx").report
+    assert report.after.ops == {"Gemm": 1}
+    assert kept == [size * 8]
 
 
 def test_a_large_weight_that_would_overflow_stays(tmp_path: Path) -> None:

@@ -139,6 +139,26 @@ def test_a_graph_that_is_not_valid_after_a_pass_names_the_pass() -> None:
         pipeline.run(chain("Identity", "Relu"), [Drop(in_rewrite=lambda graph, op: graph.erase(op))])
 
 
+def test_more_rounds_than_ever_are_fine_where_the_graph_shrinks() -> None:
+    """One identity in each round."""
+    latest = [0]
+
+    def first_of_a_round(graph: Any, op: Any) -> Any:
+        waits = graph.edits != latest[0]
+        return Missed("later", "one a round") if waits else op
+
+    class Slow(Drop):
+        def run(self, graph: Any, admit: Any = None) -> Any:
+            latest[0] = graph.edits
+            return super().run(graph, admit)
+
+    count = pipeline.MAX_ROUNDS + 30
+    graph = chain(*["Identity"] * count, "Relu")
+    outcome = pipeline.run(graph, [Slow(first_of_a_round)])
+    assert (len(outcome.applied), outcome.rounds) == (count, count + 1)
+    assert graph.summary().ops == {"Relu": 1}
+
+
 def test_passes_that_undo_each_other_are_an_error() -> None:
     def same_again(graph: Any, op: Any) -> None:
         graph.set_constants(op, right=graph.constant(op.right))

@@ -83,7 +83,7 @@ class Replacement:
             return
         self._flush()
         done = self._copy_in_kernel(blob)
-        buffer = np.empty(min(len(blob) - done, _CHUNK), np.uint8)
+        buffer = np.empty(min(len(blob) - done, max(_CHUNK // blob.source.step, 1) * blob.source.step), np.uint8)
         while done < len(blob):
             view = buffer.data[: len(blob) - done]
             blob.source.readinto(view, blob.offset + done)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fuser.errors import InputError
-from fuser.files.sources import File
+from fuser.files.sources import WINDOW, File, Identity
 from fuser.files.tensors import shown
 
 
@@ -40,6 +40,14 @@ class DataFiles:
         """(device, inode) of every data file found so far."""
         return {(file.identity.device, file.identity.inode) for file in self._files.values()}
 
+    def check_unchanged(self) -> None:
+        """Raise `InputError` when somebody wrote into a data file since it was opened.
+
+        One that was replaced, or is gone, is another matter: what is still open can be read.
+        """
+        for file in self._files.values():
+            file.check_unchanged()
+
     def _path(self, location: str, tensor: str) -> Path:
         whose = f"the data of tensor {shown(tensor)}"
         if not self._folders:
@@ -62,6 +70,8 @@ class DataFiles:
 class DataFile:
     """One data file: a `Source` that opens it when it is read."""
 
+    step = WINDOW
+
     def __init__(self, files: DataFiles, path: Path) -> None:
         self._files, self._path = files, path
         self.identity = files.open(path).identity
@@ -74,8 +84,20 @@ class DataFile:
     def readinto(self, view: memoryview, offset: int) -> None:
         self._file().readinto(view, offset)
 
+    def check_unchanged(self) -> None:
+        try:
+            now = Identity.of(self._path.stat())
+        except OSError:
+            return
+        if now != self.identity and (now.device, now.inode) == (self.identity.device, self.identity.inode):
+            raise _changed(self._path)
+
     def _file(self) -> File:
         file = self._files.open(self._path)
         if file.identity != self.identity:
-            raise InputError(f"{self._path} was changed by somebody else while it was in use; run again")
+            raise _changed(self._path)
         return file
+
+
+def _changed(path: Path) -> InputError:
+    return InputError(f"{path} was changed by somebody else while it was in use; run again")

@@ -254,6 +254,12 @@ class ModelFile:
         """`proto` as bytes, references and all."""
         return _serialize(self.proto)
 
+    def check_unchanged(self) -> None:
+        """Raise `InputError` when somebody wrote into a file that tensors are read from."""
+        if self.whole:
+            self.whole.check_unchanged()
+        self._data.check_unchanged()
+
     def files(self) -> set[tuple[int, int]]:
         """(device, inode) of every file that tensors have been read from."""
         own = {(self.whole.identity.device, self.whole.identity.inode)} if self.whole else set()

@@ -66,8 +66,7 @@ def save(
     target = _target(path)
     data = target.with_name(target.name + ".data")
     in_place = model.path is not None and target == Path(os.path.realpath(model.path))
-    if model.whole:
-        model.whole.check_unchanged()
+    model.check_unchanged()
     changed = model.changed()
     if in_place and layout == "auto" and not changed:
         return Saved(target, None, target.stat().st_size, "nothing written: the model is as it was")
@@ -125,6 +124,10 @@ class _Content:
         for start, blob in self.data.values():
             file.pad(start)
             file.copy(blob)
+
+    def check_source(self) -> None:
+        """Raise `InputError` when what was written may be of two minds."""
+        self._model.check_unchanged()
 
     def _worth(self, start: int, end: int) -> bool:
         if self._layout == "external" and end - start >= self._threshold:
@@ -222,6 +225,7 @@ def _replace(target: Path, data: Path, content: _Content, keep: set[tuple[int, i
         if new_data:
             content.write_data(new_data)
             new_data.prepare()
+        content.check_source()
         moved = _moved(target, data, aside, stack) if _inode(data) not in keep else None
         ours = moved or _inode(aside)  # the latter: of a save that was killed
         # All bytes are on the disk; the rest takes microseconds.

@@ -31,6 +31,10 @@ class Source(Protocol):
     def size(self) -> int:
         """How many there are."""
 
+    @property
+    def step(self) -> int:
+        """How many of them are best read at a time."""
+
     def readinto(self, view: memoryview, offset: int) -> None:
         """Fill `view` with the bytes from `offset` on.  Raises `InputError` when they cannot be had."""
 
@@ -60,9 +64,10 @@ class Blob:
 
     def pieces(self) -> Iterator[memoryview]:
         """The bytes, a piece at a time; each is only good until the next."""
-        buffer = memoryview(bytearray(min(self.length, WINDOW)))
-        for start in range(0, self.length, WINDOW):
-            piece = buffer[: min(self.length - start, WINDOW)]
+        step = self.source.step
+        buffer = memoryview(bytearray(min(self.length, step)))
+        for start in range(0, self.length, step):
+            piece = buffer[: min(self.length - start, step)]
             self.source.readinto(piece, self.offset + start)
             yield piece
 
@@ -88,6 +93,7 @@ class File:
     """
 
     fd: int | None
+    step = WINDOW
 
     def __init__(self, path: Path) -> None:
         self.fd = None
@@ -153,6 +159,7 @@ class Spool:
     """
 
     fd: int | None
+    step = WINDOW
 
     def __init__(self) -> None:
         folder = os.environ.get("TMPDIR") or ("/var/tmp" if os.access("/var/tmp", os.W_OK) else None)
@@ -187,7 +194,7 @@ class Spool:
 
 
 class Computed:
-    """Rows that are computed from those of another tensor whenever they are read: they take no space.
+    """Rows that are computed from those of another tensor whenever they are read: they are not stored.
 
     base: rows of `row` bytes.
     compute: given rows of the base and the number of the first, the new ones, as bytes.
@@ -196,12 +203,12 @@ class Computed:
     fd = None
 
     def __init__(self, base: Blob, row: int, compute: Callable[[Bytes, int], Bytes]) -> None:
-        self.size = len(base)
+        self.size, self.step = len(base), max(1, ROWS_AT_A_TIME // row) * row
         self._base, self._row, self._compute = base, row, compute
 
     def readinto(self, view: memoryview, offset: int) -> None:
         row, end = self._row, offset + len(view)
-        step = max(1, ROWS_AT_A_TIME // row)
+        step = self.step // row
         for first in range(offset // row, -(-end // row), step):
             start, stop = first * row, min((first + step) * row, -(-end // row) * row)
             raw = Blob(self._base.source, self._base.offset + start, stop - start).array()
@@ -214,6 +221,7 @@ class Borrowed:
     """The raw data of a tensor that belongs to the caller; it is read, never changed."""
 
     fd = None
+    step = WINDOW
 
     def __init__(self, tensor: onnx.TensorProto) -> None:
         self._tensor = tensor
@@ -227,6 +235,7 @@ class Inline:
     """Bytes of a serialized message."""
 
     fd = None
+    step = WINDOW
 
     def __init__(self, data: bytes) -> None:
         self._data, self.size = data, len(data)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx
 from google.protobuf.message import Message
 from onnx import GraphProto, NodeProto
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from fuser.graphs.onnx.editor import IN_EDITOR, Node, Scope
+from fuser.graphs.onnx.editor import Scope, export_node
 from fuser.graphs.onnx.wiring import Wiring
 
 ORIGIN = "fuser.folded"
@@ -30,41 +29,22 @@ def patch(
     """
     for scope in reversed(wiring.scopes):  # bodies before the nodes that hold them, which are copied then
         if scope.changed:
-            _patch_nodes(scope, wiring, origins, model.ir_version)
+            _patch_nodes(scope, origins, model.ir_version)
             if isinstance(scope.proto, GraphProto):
                 is_main = scope is wiring.scopes[0]
-                _patch_tensors(scope, scope.proto, wiring, removed_inputs if is_main else set(), model.ir_version)
+                _patch_tensors(scope, scope.proto, removed_inputs if is_main else set(), model.ir_version)
 
 
-def _patch_nodes(scope: Scope, wiring: Wiring, origins: Mapping[int, Sequence[str]], ir_version: int) -> None:
+def _patch_nodes(scope: Scope, origins: Mapping[int, Sequence[str]], ir_version: int) -> None:
     kept = []
     for node in scope.nodes:
         if node.erased:
             continue
-        proto = node.proto
-        if proto is None:
-            proto = OnnxExporter.export_node(node)
-        elif node.touched:
-            _patch_node(node, proto, wiring.new_attributes.get(id(node), ()))
+        proto = export_node(node, in_place=True)
         if id(node) in origins:
             _record_origins(proto, origins[id(node)], ir_version)
         kept.append(proto)
     _refill(scope.proto, "node", kept)
-
-
-def _patch_node(node: Node, proto: NodeProto, new_attributes: Collection[str]) -> None:
-    proto.op_type = node.op
-    del proto.input[:], proto.output[:]
-    proto.input.extend(tensor.name for tensor in node.inputs)
-    proto.output.extend(tensor.name for tensor in node.outputs)
-    if not new_attributes and len(proto.attribute) == len(node.attrs):
-        return
-    for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type in IN_EDITOR]:
-        proto.attribute.remove(attribute)
-    new = sorted(name for name in new_attributes if name in node.attrs)  # another edit may have taken one away again
-    for attribute in [a for a in proto.attribute if a.name in new]:
-        proto.attribute.remove(attribute)
-    proto.attribute.extend(onnx.helper.make_attribute(name, node.attrs[name]) for name in new)
 
 
 def _record_origins(proto: NodeProto, origins: Sequence[str], ir_version: int) -> None:
@@ -76,7 +56,7 @@ def _record_origins(proto: NodeProto, origins: Sequence[str], ir_version: int) -
     entry.value = f"{entry.value}, {text}" if entry.value else text
 
 
-def _patch_tensors(scope: Scope, graph: GraphProto, wiring: Wiring, removed_inputs: set[str], ir_version: int) -> None:
+def _patch_tensors(scope: Scope, graph: GraphProto, removed_inputs: set[str], ir_version: int) -> None:
     new = [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
     made = {tensor.name for node in scope.nodes if not node.erased for tensor in node.outputs}
     dropped = scope.dropped - made

@@ -7,10 +7,9 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from typing import TypeVar
 
 from onnx import TensorProto
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from fuser.files import ModelFile
-from fuser.graphs.onnx.editor import ABSENT, IN_EDITOR, Constant, Node, Tensor
+from fuser.graphs.onnx.editor import ABSENT, IN_EDITOR, Constant, Node, Tensor, export_node
 from fuser.graphs.onnx.wiring import Wiring, is_standard, operator
 
 T = TypeVar("T")
@@ -26,19 +25,22 @@ _NEVER_TWINS = frozenset(
 
 def duplicate_nodes(wiring: Wiring) -> Iterator[tuple[Node, Node]]:
     """(node, an earlier one in its scope that computes the same); each node is looked at when it is reached."""
-    seen: dict[Hashable, list[Node]] = {}
+    first: dict[Hashable, Node] = {}
+    alike: dict[Hashable, dict[Hashable, Node]] = {}  # where a call is made more than once: by the attributes
     for node in wiring.order:
         if node.erased or node.op in _NEVER_TWINS or not is_standard(node) or node.scope.frozen:
             continue
-        earlier = seen.setdefault(_call(wiring, node), [])
-        twin = next((other for other in earlier if _have_equal_attributes(wiring, node, other)), None)
-        if twin is None:
-            earlier.append(node)
-        else:
+        call = _call(node)
+        if (other := first.setdefault(call, node)) is node:
+            continue
+        if call not in alike:
+            alike[call] = {_attributes(other): other}
+        attributes = _attributes(node)
+        if attributes is not None and (twin := alike[call].setdefault(attributes, node)) is not node:
             yield node, twin
 
 
-def _call(wiring: Wiring, node: Node) -> Hashable:
+def _call(node: Node) -> Hashable:
     """What is called on which operands, for which outputs."""
     operands = [0 if tensor is ABSENT else id(tensor) for tensor in node.inputs]
     while operands and not operands[-1]:
@@ -46,19 +48,12 @@ def _call(wiring: Wiring, node: Node) -> Hashable:
     return node.op, id(node.scope), tuple(operands), tuple(output is ABSENT for output in node.outputs)
 
 
-def _have_equal_attributes(wiring: Wiring, a: Node, b: Node) -> bool:
-    left, right = _attributes(wiring, a), _attributes(wiring, b)
-    return left is not None and left == right
-
-
-def _attributes(wiring: Wiring, node: Node) -> dict[str, bytes] | None:
+def _attributes(node: Node) -> Hashable:
     """The attributes by name, as bytes: a float equals another by its bits.  None for a node with a body."""
-    proto = node.proto
-    if proto is not None and any(attribute.type not in IN_EDITOR for attribute in proto.attribute):
+    if node.proto is not None and any(attribute.type not in IN_EDITOR for attribute in node.proto.attribute):
         return None
-    if proto is None or node.touched:
-        proto = OnnxExporter.export_node(node)
-    return {attribute.name: attribute.SerializeToString(deterministic=True) for attribute in proto.attribute}
+    found = export_node(node).attribute
+    return frozenset((attribute.name, attribute.SerializeToString(deterministic=True)) for attribute in found)
 
 
 SHORT = 64
@@ -66,7 +61,7 @@ SHORT = 64
 
 
 class DuplicateConstants:
-    """Finds constants of one type, shape and content; what was hashed once is not read again.
+    """Finds constants of one type, shape and content; what was hashed once is not read again, but for short ones.
 
     A tensor is only read where another has its type and shape, and only as a whole where another begins as it does.
     """

@@ -13,6 +13,8 @@ from typing import Any
 
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, FunctionProto, GraphProto, NodeProto, SparseTensorProto, TensorProto
+from onnx.helper import make_attribute
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.util.misc import convert_from_onnx_attr_type
 
@@ -24,7 +26,7 @@ class Scope:
 
     path: a prefix for names in it, empty for the main graph.
     owner: the node whose body it is.
-    nodes: as they stood when the graph was last settled.
+    nodes: as they stood when the graph was last settled, and those that were erased.
     frozen: its names are not to be trusted, so nothing in it is read or edited.
     """
 
@@ -86,8 +88,9 @@ class Node(gs.Node):  # type: ignore[misc]
     """A node, and where it is.
 
     proto: the node in the carrier; None for a new one.
-    touched: whether that is out of date.
+    touched: whether that is out of date, and `new_attributes` what of it is new.
     erased: whether the node is gone.
+    bodies: of an If, a Loop or a Scan.
     """
 
     __setattr__ = object.__setattr__
@@ -106,6 +109,8 @@ class Node(gs.Node):  # type: ignore[misc]
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
         self.touched = self.erased = False
+        self.new_attributes: frozenset[str] = frozenset()
+        self.bodies: list[Scope] = []
 
 
 class Tensor:
@@ -127,6 +132,9 @@ class Tensor:
         self.public: list[str] = []
         self.home: Scope | None = None
         self.known = False
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
 
     def uses(self) -> list[tuple[Node, int]]:
         """(node, position) of each input slot that reads it."""
@@ -172,12 +180,41 @@ ABSENT = Variable("")
 
 def import_node(proto: NodeProto, scope: Scope) -> Node:
     """The node of a scope, without its links and bodies.  Raises `InputError` for names that are no text."""
-    reject_bytes(proto.name)
+    for text in (proto.name, proto.op_type, proto.domain, *proto.input, *proto.output):
+        reject_bytes(text)
     domain = proto.domain if proto.HasField("domain") else None
     attributes = {a.name: _value(a) for a in proto.attribute if a.type in _READ or a.ref_attr_name}
     node = Node(proto.op_type, proto.name, attributes, domain, proto)
     node.scope = scope
     return node
+
+
+def export_node(node: Node, *, in_place: bool = False) -> NodeProto:
+    """The node as it is to be written.
+
+    in_place: bring the one in the carrier up to date, if there is one.
+    """
+    if node.proto is None:
+        return OnnxExporter.export_node(node)  # type: ignore[no-any-return]
+    if not node.touched:
+        return node.proto
+    proto = node.proto
+    if not in_place:
+        proto = NodeProto()
+        proto.CopyFrom(node.proto)
+    proto.op_type = node.op
+    del proto.input[:], proto.output[:]
+    proto.input.extend([tensor.name for tensor in node.inputs])
+    proto.output.extend([tensor.name for tensor in node.outputs])
+    if not node.new_attributes and len(proto.attribute) == len(node.attrs):
+        return proto
+    for attribute in [a for a in proto.attribute if a.name not in node.attrs and a.type in IN_EDITOR]:
+        proto.attribute.remove(attribute)
+    new = sorted(node.new_attributes & node.attrs.keys())  # another edit may have taken one away again
+    for attribute in [a for a in proto.attribute if a.name in new]:
+        proto.attribute.remove(attribute)
+    proto.attribute.extend([make_attribute(name, node.attrs[name]) for name in new])
+    return proto
 
 
 def reject_bytes(name: str | bytes) -> None:

@@ -214,7 +214,7 @@ class OnnxGraph:
             shape = self.known.shape(value)
             if shape is not None:
                 return max(least, len(shape))
-            if kind in KEEPS_RANK:
+            if kind in KEEPS_RANK and operands:
                 value = operands[0]
                 continue
             first, second = (self.known.shape(x) for x in operands) if len(operands) == 2 else (None, None)

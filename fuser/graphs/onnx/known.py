@@ -10,11 +10,10 @@ from functools import cached_property
 
 import numpy as np
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from fuser.files import ModelFile
 from fuser.graph import Array, Dim
-from fuser.graphs.onnx.editor import ABSENT, Constant, Node, Scope, Tensor, names_read
+from fuser.graphs.onnx.editor import ABSENT, Constant, Node, Scope, Tensor, export_node, names_read
 from fuser.graphs.onnx.readers import OLDEST_OPSET
 from fuser.graphs.onnx.sizes import MAX_SIZES, SIZE_OPERATORS, SizeArithmetic
 from fuser.graphs.onnx.values import (
@@ -143,6 +142,8 @@ class KnownValues:
                 pending += missing
                 if not missing:
                     self._keep(node, self._compute(node, inputs), fresh)
+                    if self._lookup(tensor, fresh) is None:
+                        raise CannotEvaluate(f"{node.op} does not make {tensor.name!r}")
         found = self._lookup(value, fresh)
         assert found is not None
         return found
@@ -301,22 +302,21 @@ class KnownValues:
                 return np.broadcast_to(np.zeros((), np.bool_), shape)  # type: ignore[arg-type]
         return None
 
-    def _compute(self, node: Node, inputs: Sequence[Array | None]) -> list[Array]:
-        proto = node.proto
+    def _compute(self, node: Node, inputs: Sequence[Array | None]) -> Sequence[Array | None]:
         if node.op == "Constant":
             if isinstance(node.attrs.get("value"), Constant):
                 return [self._stored(node.attrs["value"])]
-            value = None if proto is None else attribute_value(proto.attribute[0])
+            value = None if node.proto is None else attribute_value(node.proto.attribute[0])
             if value is None:
                 raise CannotEvaluate("its Constant node holds a kind of value that is not understood")
             return [value]
-        if proto is None or node.touched:
-            proto = OnnxExporter.export_node(node)
         declared = [self._inferred_shape(output) for output in node.outputs]
-        return evaluate(proto, node.scope.opset, inputs, declared)
+        return evaluate(export_node(node), node.scope.opset, inputs, declared)
 
-    def _keep(self, node: Node, arrays: Sequence[Array], fresh: dict[int, Array]) -> None:
+    def _keep(self, node: Node, arrays: Sequence[Array | None], fresh: dict[int, Array]) -> None:
         for output, array in zip(node.outputs, arrays, strict=False):
+            if array is None or output is ABSENT:
+                continue
             array.flags.writeable = False
             fresh[id(output)] = array
             if array.nbytes <= SMALL:
@@ -392,9 +392,11 @@ class KnownValues:
         main = self._wiring.scopes[0]
         found: dict[str, tuple[int, Shape]] = {}
         for node in self._wiring.order:
-            if node.op != "Reshape" or node.scope is not main or node.outputs[0].name in told:
+            if node.op != "Reshape" or node.scope is not main or not node.outputs:
                 continue
             output = node.outputs[0]
+            if output.name in told:
+                continue
             shape, element_type = self.shape(output), self.element_type(output)
             if shape and element_type and shape != self._inferred_shape(output) and not output.public:
                 found[output.name] = element_type, shape

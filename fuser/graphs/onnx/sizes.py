@@ -13,7 +13,7 @@ import numpy as np
 from onnx import TensorProto
 
 from fuser.graph import Array, Dim
-from fuser.graphs.onnx.editor import Node, Tensor
+from fuser.graphs.onnx.editor import ABSENT, Node, Tensor
 from fuser.graphs.onnx.values import Shape
 
 MAX_SIZES = 64
@@ -38,6 +38,8 @@ class SizeArithmetic:
 
     def visit(self, node: Node) -> Sizes | None:
         """What the node computes, as far as it is known; None where it does not compute with sizes."""
+        if not node.inputs or not node.outputs or node.outputs[0] is ABSENT:  # mostly not a legal node
+            return None
         if node.op == "Shape":
             found = self._of_shape(node)
         elif node.op in _COMPUTED and any(id(tensor) in self._found for tensor in node.inputs):

@@ -63,8 +63,8 @@ class CannotEvaluate(Exception):
 
 def evaluate(
     node: NodeProto, opset: int, inputs: Sequence[Array | None], declared: Sequence[Shape | None]
-) -> list[Array]:
-    """The outputs of `node` for known `inputs` (None: an optional input that is absent).
+) -> list[Array | None]:
+    """The outputs of `node` for known `inputs` (None: an optional input, or output, that is absent).
 
     declared: what shape inference says of the outputs; used to refuse an unreasonable size beforehand.
 
@@ -93,13 +93,14 @@ def evaluate(
         raise CannotEvaluate(f"{node.op_type} could not be computed: {str(error).splitlines()[0]}") from error
 
 
-def _in_numpy(node: NodeProto, opset: int, feeds: Mapping[str, Array]) -> list[Array]:
+def _in_numpy(node: NodeProto, opset: int, feeds: Mapping[str, Array]) -> list[Array | None]:
     from onnx.reference import ReferenceEvaluator
 
-    return [np.asarray(y) for y in ReferenceEvaluator(node, opsets={"": opset}).run(None, dict(feeds))]
+    made = ReferenceEvaluator(node, opsets={"": opset}).run(None, dict(feeds))
+    return [np.asarray(y) if name else None for name, y in zip(node.output, made, strict=True)]
 
 
-def _in_runtime(node: NodeProto, opset: int, feeds: Mapping[str, Array]) -> list[Array]:
+def _in_runtime(node: NodeProto, opset: int, feeds: Mapping[str, Array]) -> list[Array | None]:
     import onnxruntime as ort
 
     graph = helper.make_graph(
@@ -117,7 +118,9 @@ def _in_runtime(node: NodeProto, opset: int, feeds: Mapping[str, Array]) -> list
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return [np.asarray(y) for y in session.run(None, dict(feeds))]
+    names = [name for name in node.output if name]
+    made = dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    return [np.asarray(made[name]) if name else None for name in node.output]
 
 
 def _predicted_shape(node: NodeProto, inputs: Sequence[Array | None]) -> Shape | None:

@@ -1,8 +1,7 @@
 """Who defines a value, who reads it, and where: the index under the ONNX graph.
 
-GraphSurgeon compares tensors by name and nodes by content, so everything here is keyed by identity.  A subgraph that
-defines a name of an outer scope again is `frozen`, that is, left alone: there, a name would not mean what it means
-outside.
+Nodes and tensors are told apart by identity.  A subgraph that defines a name of an outer scope again is `frozen`, that
+is, left alone: there, a name would not mean what it means outside.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ class Wiring:
 
     def __init__(self, model: onnx.ModelProto, dropped_inputs: Collection[str] = ()) -> None:
         self.scopes: list[Scope] = []
-        self.new_attributes: dict[int, set[str]] = {}
         self._orphans: dict[int, Tensor] = {}
         self._gone: list[Node] = []  # since the graph was settled
         self._unmade: dict[str, Tensor] = {}
@@ -66,7 +64,10 @@ class Wiring:
         return any(output.is_needed for output in node.outputs)
 
     def of(self, operators: Iterable[str]) -> Iterator[Node]:
-        """The living nodes of these operators, in order; each is looked at when it is reached."""
+        """The living nodes that were of these operators when the graph was last settled, in order.
+
+        Whether one lives is asked when it is reached.
+        """
         places = [self._places[operator] for operator in operators if operator in self._places]
         for place in merge(*places):
             if not (node := self.order[place]).erased:
@@ -126,7 +127,7 @@ class Wiring:
     def set_attribute(self, node: Node, name: str, value: Any) -> None:
         """Give the node an attribute in place of the one it has."""
         node.attrs[name] = value
-        self.new_attributes.setdefault(id(node), set()).add(name)
+        node.new_attributes = node.new_attributes | {name}
         self.touch(node)
 
     def touch(self, node: Node) -> None:
@@ -143,11 +144,10 @@ class Wiring:
         scope.dropped.update(output.name for output in node.outputs if output is not ABSENT)
         for position, tensor in enumerate(node.inputs):
             self._drop_use(tensor, node, position)
-        for body in scope.children:
-            if body.owner is node:
-                for inner in body.with_new():
-                    if not inner.erased:
-                        self.erase(inner)
+        for body in node.bodies:
+            for inner in body.with_new():
+                if not inner.erased:
+                    self.erase(inner)
 
     def drop_unread(self, tensor: Tensor) -> None:
         """Drop one of `unread`."""
@@ -244,6 +244,7 @@ class Wiring:
             path = f"{scope.path}{_label(node)}/{attribute.name}/"
             child = Scope(path, attribute.g, scope.opset, scope, node)
             scope.children.append(child)
+            node.bodies.append(child)
             self._register(child)
             if child.frozen:
                 for name in names_read(child.proto):
@@ -323,7 +324,7 @@ def _opset(imports: Sequence[onnx.OperatorSetIdProto]) -> int:
 
 def _names(values: Iterable[onnx.ValueInfoProto | str]) -> Iterator[str]:
     """Of the inputs or outputs of a graph, which have types, or of a function, which have none."""
-    return (value if isinstance(value, str) else value.name for value in values)
+    return (value if isinstance(value, str | bytes) else value.name for value in values)
 
 
 def _label(node: Node) -> str:
