@@ -391,7 +391,7 @@ def test_what_a_node_makes_for_nobody_is_no_operand_of_another() -> None:
     assert [one.op_type for one in result.graph.node] == ["Add"]
     (k,) = (numpy_helper.to_array(t) for t in result.graph.initializer)
     np.testing.assert_array_equal(k, constants["grid"][:4:2])
-    assert not ABSENT.known and not ABSENT.slots and not ABSENT.inputs and not ABSENT.public
+    assert not ABSENT.known and not ABSENT.slots and not ABSENT.producer and not ABSENT.public
 
 
 @pytest.mark.parametrize("read", ["y", "inv"])

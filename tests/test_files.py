@@ -424,6 +424,15 @@ def test_refuses_names_that_are_not_text(tmp_path):
             assert "UTF-8" in refused(path)
 
 
+@pytest.mark.parametrize("field", [b"QQgraph", b"QQproducer", b"QQtensor"])
+def test_refuses_text_that_is_none_in_a_model_in_memory(field):
+    model = make_model(numpy_helper.from_array(values(3000), "QQtensor"))
+    model.graph.name, model.producer_name = "QQgraph", "QQproducer"
+    spoilt = onnx.ModelProto.FromString(model.SerializeToString().replace(field, b"\xff\xfe" + field[2:]))
+    with pytest.raises(InputError, match="not UTF-8"):
+        ModelFile.from_proto(spoilt)
+
+
 # --- external data --------------------------------------------------------------------------------------------
 
 

@@ -612,7 +612,7 @@ def test_what_a_body_reads_of_a_later_node_is_that_nodes() -> None:
     graph = graph_of(proto)
     assert proto.SerializeToString(deterministic=True) == before
     assert [n.op for n in graph.wiring.scopes[0].nodes] == ["Gemm", "If", "Flatten", "Exp"]
-    made_by = {n.op: {t.inputs[0].op for t in n.inputs if t.inputs} for n in graph.wiring.order}
+    made_by = {n.op: {t.producer.op for t in n.inputs if t.producer} for n in graph.wiring.order}
     assert made_by["Relu"] == {"Neg"} and made_by["Neg"] == {"Gemm"} and made_by["Abs"] == {"Exp"}
     (exp,) = (n for n in graph.wiring.order if n.op == "Exp")
     assert graph.shape(exp.outputs[0]) == (2, 3)

@@ -109,7 +109,7 @@ class ModelFile:
         """Wrap a model in memory.  Neither it nor its large tensors are copied or changed.
 
         Its external data, if it has any, is looked for in `base_dir`.  Raises `InputError` for a tensor that does
-        not fill its shape.
+        not fill its shape, and for text that is not UTF-8.
         """
         _check_locations(proto.graph.initializer)
         slim = onnx.ModelProto()
@@ -284,7 +284,7 @@ _HOLDERS = {"GraphProto", "NodeProto", "AttributeProto", "FunctionProto", "Tenso
 
 
 def _copy(source: Message, target: Message, but: str) -> None:
-    """Copy every field but one."""
+    """Copy every field but one; raises `InputError` for text that is none."""
     for field, value in source.ListFields():
         if field.name == but:
             continue
@@ -292,6 +292,8 @@ def _copy(source: Message, target: Message, but: str) -> None:
             getattr(target, field.name).CopyFrom(value)
         elif hasattr(value, "append"):
             getattr(target, field.name).extend(value)
+        elif isinstance(value, bytes) and field.type == field.TYPE_STRING:
+            raise InputError(f"the field {field.name} of the model is not UTF-8 text: {shown(value)}")
         else:
             setattr(target, field.name, value)
 

@@ -87,7 +87,8 @@ class DuplicateConstants:
 
     def _stored(self) -> Iterator[Tensor]:
         """Initializers, those that are outputs first as their names have to stay, and what Constant nodes make."""
-        initializers = [tensor for scope in self._wiring.scopes for tensor in scope.names.values() if not tensor.inputs]
+        defined = (tensor for scope in self._wiring.scopes for tensor in scope.names.values())
+        initializers = [tensor for tensor in defined if tensor.producer is None]
         nodes = [node for node in self._wiring.order if operator(node) == "Constant" and not node.erased]
         yield from filter(self._is_candidate, sorted(initializers, key=lambda t: not t.public))
         yield from filter(self._is_candidate, (node.outputs[0] for node in nodes))
@@ -103,12 +104,12 @@ class DuplicateConstants:
         while twin is None and scope is not None:
             scope = scope.parent
             outer = kept.get(id(scope))
-            twin = outer if outer is not None and not outer.inputs else None
+            twin = outer if outer is not None and outer.producer is None else None
         return twin
 
     def _proto(self, tensor: Tensor) -> TensorProto | None:
         """Where the values are; a Constant node may also state them as numbers."""
-        stored = tensor.inputs[0].attrs.get("value") if tensor.inputs else tensor
+        stored = tensor if tensor.producer is None else tensor.producer.attrs.get("value")
         return stored.proto if isinstance(stored, Constant) else None
 
     def _form(self, tensor: Tensor) -> Hashable:

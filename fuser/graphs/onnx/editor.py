@@ -116,7 +116,7 @@ class Node(gs.Node):  # type: ignore[misc]
 class Tensor:
     """A value: who makes it, who reads it, and where.
 
-    inputs: the node that makes it, if one does.
+    producer: the node that makes it, if one does.
     slots: the node of each input slot that reads it, by (id of the node, position), those in bodies included.
     public: who needs it under its very name: outputs, and captures where nothing may change.
     home: the scope that defines it; None where nobody makes it.
@@ -127,7 +127,7 @@ class Tensor:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.inputs: list[Node] = []
+        self.producer: Node | None = None
         self.slots: dict[tuple[int, int], Node] = {}
         self.public: list[str] = []
         self.home: Scope | None = None

@@ -1,4 +1,4 @@
-"""The ONNX graph: onnx-graphsurgeon edits, the original ModelProto carries.
+"""The ONNX graph: onnx-graphsurgeon's nodes and tensors are edited, the original ModelProto carries.
 
 GraphSurgeon drops metadata, denotations and optional types on export and copies every weight.  So a model is never
 exported through it: `to_model` patches what changed into the proto that was loaded, and everything else keeps its
@@ -148,7 +148,7 @@ class OnnxGraph:
                     yield found  # type: ignore[misc]
         elif kind is DuplicateConstant:
             for constant, twin in self._duplicate_constants:
-                yield DuplicateConstant(self.producer(constant), constant, twin)  # type: ignore[misc]
+                yield DuplicateConstant(constant.producer, constant, twin)  # type: ignore[misc]
         else:
             kinds = (kind, *MAY_CHANGE_NOTHING) if kind is Identity else kind
             operators = {name for name, (read_as, _) in READERS.items() if read_as is Op or issubclass(read_as, kinds)}
@@ -180,7 +180,7 @@ class OnnxGraph:
             return None  # not a legal node: an operand or an attribute is missing, or of another kind
 
     def op_producing(self, value: Value) -> Op | None:
-        node = self.producer(value)
+        node = value.producer
         return None if node is None else self.read(node)
 
     def readers(self, value: Value) -> Sequence[Reader]:
@@ -203,7 +203,7 @@ class OnnxGraph:
     def rank(self, value: Value) -> int | None:
         least = 0  # what broadcasting makes of it
         while True:
-            producer = self.producer(value)
+            producer = value.producer
             kind = operator(producer)
             if kind == "Gemm":
                 return max(least, 2)
@@ -290,18 +290,6 @@ class OnnxGraph:
 
     # -- reading, for the dialect
 
-    def uses(self, value: Tensor) -> list[tuple[Node, int]]:
-        """(node, position) of each input slot that reads `value`."""
-        return value.uses()
-
-    def is_public(self, value: Tensor) -> bool:
-        """Whether the value is needed under its very name."""
-        return bool(value.public)
-
-    def is_known(self, value: Tensor) -> bool:
-        """Whether the value is known before run time, without computing it."""
-        return value.known
-
     def is_zero(self, value: Tensor) -> bool:
         """Whether all elements of a known value are zeros."""
         if id(value) not in self._zeros:
@@ -312,12 +300,6 @@ class OnnxGraph:
     def element_type(self, value: Tensor) -> int | None:
         """The ONNX element type, where it is known."""
         return self.known.element_type(value)
-
-    def same_scope(self, a: Node, b: Node) -> bool:
-        return a.scope is b.scope
-
-    def producer(self, value: Tensor) -> Node | None:
-        return value.inputs[0] if value.inputs else None
 
     # -- editing
 
@@ -348,7 +330,7 @@ class OnnxGraph:
         self.edits += 1
 
     def replace(self, op: Op, by: Value) -> None:
-        producer = self.producer(by)
+        producer = by.producer
         was_read = op.node is not None and self.wiring.is_read(op.node)
         if self.can_vanish(op, by):
             pairs = self._pairs(op, by)
@@ -368,12 +350,12 @@ class OnnxGraph:
         node, old = op.node, op.input  # type: ignore[attr-defined]
         position = next(i for i, tensor in enumerate(node.inputs) if tensor is old)
         self.wiring.set_input(node, position, value)
-        if (producer := self.producer(old)) is not None:
+        if (producer := old.producer) is not None:
             self._note_origin(node, producer)
         self.edits += 1
 
     def set_inputs(self, op: Concat | Sum, values: Sequence[Value]) -> None:
-        producers = [producer for tensor in op.inputs if (producer := self.producer(tensor)) is not None]
+        producers = [producer for tensor in op.inputs if (producer := tensor.producer) is not None]
         self.wiring.truncate_inputs(op.node, 0)
         for position, value in enumerate(values):
             self.wiring.set_input(op.node, position, value)
@@ -416,7 +398,7 @@ class OnnxGraph:
         self.edits += 1
 
     def unite(self, op: Linear, around: tuple[Reshape, Reshape] | None) -> None:
-        add = op.output.inputs[0]
+        add = op.output.producer
         if around is not None:
             before, after = around
             self.set_shape(after)
@@ -462,7 +444,7 @@ class OnnxGraph:
         assert op.sizes is not None
         outputs = [Variable(self._fresh(f"{op.output.name}_{i}")) for i in range(len(op.sizes))]
         for index, value in op.taken:
-            self.wiring.erase(value.inputs[0])
+            self.wiring.erase(value.producer)
             outputs[index] = value
         attributes: dict[str, int | list[int]] = {"axis": op.axis}
         inputs = [op.input]
@@ -533,7 +515,7 @@ class OnnxGraph:
         pending, seen = [node], {id(node)}
         while pending:
             for tensor in list(pending.pop().inputs):
-                producer = self.producer(tensor)
+                producer = tensor.producer
                 if producer is None or id(producer) in seen or not self.known.is_foldable(producer):
                     continue
                 seen.add(id(producer))
@@ -581,7 +563,7 @@ class OnnxGraph:
             if not all(id(user) in going for user in tensor.slots.values()):
                 continue  # seen again with the next of its readers that goes
             counted.add(id(tensor))
-            producer = self.producer(tensor)
+            producer = tensor.producer
             if producer is None or operator(producer) == "Constant":
                 freed += elements(self.known.shape(tensor) or ()) or 0
             elif all(output is tensor or not output.slots for output in producer.outputs):
@@ -611,15 +593,17 @@ class OnnxGraph:
         """(output, what its readers are to read)."""
         if not isinstance(op, Duplicate):
             return [(op.output, by)]
-        twins = by.inputs[0].outputs
-        return [(output, twin) for output, twin in zip(op.node.outputs, twins, strict=True) if output is not ABSENT]
+        twin = by.producer
+        assert twin is not None
+        pairs = zip(op.node.outputs, twin.outputs, strict=True)
+        return [(output, other) for output, other in pairs if output is not ABSENT]
 
     def _can_write(self, value: Tensor, op: Op) -> bool:
         """Whether the producer of `value` can write under the name of the op's output."""
-        producer = self.producer(value)
+        producer = value.producer
         if producer is None or op.node is None or value.public:
             return False
-        return self.same_scope(producer, op.node)
+        return producer.scope is op.node.scope
 
     def _redirect(self, output: Tensor, value: Tensor, *, may_rename: bool) -> None:
         """Readers of `output`, whose node is gone, read `value`.
@@ -629,8 +613,8 @@ class OnnxGraph:
         if may_rename:
             self.known.inherit(value, output)
         readers, others = output.uses(), value.uses()
-        producer = self.producer(value)
-        renames = may_rename and producer is not None and not others and self.same_scope(producer, output.inputs[0])
+        producer = value.producer
+        renames = may_rename and producer is not None and not others and producer.scope is output.home
         if output.public or (renames and not value.public):
             assert producer is not None  # otherwise the op could not vanish
             # The producer writes under the name of what goes: its readers keep their bytes.
@@ -668,7 +652,7 @@ class OnnxGraph:
 
     def _nodes(self, op: Op) -> list[Node]:
         """The nodes that go with an op: both of a MatMul and the Add of its bias, none of a stored constant."""
-        last = self.producer(op.output)
+        last = op.output.producer
         return [node for node in ([last] if last is op.node else [last, op.node]) if node is not None]
 
     def _note_origin(self, node: Node, gone: Node) -> None:

@@ -133,10 +133,10 @@ class KnownValues:
                 pending.pop()
             elif isinstance(tensor, Constant):
                 fresh[id(tensor)] = self._stored(tensor)
-            elif not tensor.inputs:
+            elif tensor.producer is None:
                 raise CannotEvaluate(f"nothing makes {tensor.name!r}")
             else:
-                node = tensor.inputs[0]
+                node = tensor.producer
                 inputs = [self._operand(node, position, fresh) for position in range(len(node.inputs))]
                 missing = [t for t, x in zip(node.inputs, inputs, strict=True) if x is None and t is not ABSENT]
                 pending += missing
@@ -168,7 +168,7 @@ class KnownValues:
 
     def _reshaped(self, tensor: Tensor, inferred: Shape | None) -> Shape | None:
         """What a Reshape to a known shape makes: inference saw neither how that is computed nor what was since."""
-        node = tensor.inputs[0] if tensor.inputs else None
+        node = tensor.producer
         if node is None or node.op != "Reshape" or len(node.inputs) < 2 or not is_standard(node):
             return inferred
         target = self._target(node.inputs[1])

@@ -195,27 +195,27 @@ def bias_add(graph: OnnxGraph, matmul: Node) -> Node | None:
     MatMul and Add read as one `Linear`; as two ops, each would offer the other's constant again for ever.  An Add of
     zeros is none: it is left to whoever folds arithmetic.
     """
-    readers = graph.uses(matmul.outputs[0])
-    if len(readers) != 1 or graph.is_public(matmul.outputs[0]):
+    readers = matmul.outputs[0].uses()
+    if len(readers) != 1 or matmul.outputs[0].public:
         return None
     add, position = readers[0]
-    if operator(add) != "Add" or len(add.inputs) != 2 or not graph.same_scope(add, matmul):
+    if operator(add) != "Add" or len(add.inputs) != 2 or add.scope is not matmul.scope:
         return None
     bias = add.inputs[1 - position]
-    rank = graph.rank(bias) if graph.is_known(bias) else None
+    rank = graph.rank(bias) if bias.known else None
     return add if rank is not None and rank <= 1 and not graph.is_zero(bias) else None
 
 
 def bias_position(graph: OnnxGraph, add: Node) -> int:
     """Which input of `bias_add` is the bias."""
-    return 0 if graph.is_known(add.inputs[0]) else 1
+    return 0 if add.inputs[0].known else 1
 
 
 def _elementwise(n: NodeReader) -> ops.Op:
     left, right = n.required(0), n.required(1)
     if n.node.op == "Add":
         for value in (left, right):
-            producer = n.graph.producer(value)
+            producer = value.producer
             if producer is None or operator(producer) != "MatMul":
                 continue
             if bias_add(n.graph, producer) is n.node:
@@ -252,7 +252,7 @@ def _layer_norm(n: NodeReader) -> ops.Op:
 
 
 def _dropout(n: NodeReader) -> ops.Op:
-    if n.extra_outputs and any(n.graph.uses(mask) or n.graph.is_public(mask) for mask in n.extra_outputs):
+    if n.extra_outputs and any(mask.is_needed for mask in n.extra_outputs):
         raise Unreadable
     if n.opset >= 12 and n.input(2) is not None and bool(n.known(2)):
         raise Unreadable
@@ -268,7 +268,7 @@ def _cast(n: NodeReader) -> ops.Op:
     value, to = n.required(0), n.attribute("to")
     if n.graph.element_type(value) == to:
         return ops.Identity(n.node, n.output, value)
-    inner = n.graph.producer(value)
+    inner = value.producer
     if inner is None or operator(inner) != "Cast":
         raise Unreadable
     if n.graph.element_type(inner.inputs[0]) != to or not _is_lossless(to, n.graph.element_type(value)):

@@ -25,10 +25,10 @@ def split_sequence(graph: OnnxGraph, node: Node) -> SplitSequence | None:
     if not has_split and not node.attrs.get("keepdims", 1):  # the elements lack the axis
         return None
     sizes = _sizes(graph, node.inputs[1] if has_split else None, shape, axis)
-    taken, others = [], int(graph.is_public(sequence))
-    for reader, _ in graph.uses(sequence):
+    taken, others = [], int(bool(sequence.public))
+    for reader, _ in sequence.uses():
         index = _index(graph, reader, len(sizes or ()))
-        if index is None or not graph.same_scope(reader, node):
+        if index is None or reader.scope is not node.scope:
             others += 1
         else:
             taken.append((index, reader.outputs[0]))

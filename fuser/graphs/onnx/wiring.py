@@ -97,7 +97,7 @@ class Wiring:
             self._add_use(tensor, node, position)
         for tensor in outputs:
             node.outputs.append(tensor)
-            tensor.inputs[:] = [node]
+            tensor.producer = node
 
     def set_input(self, node: Node, position: int, tensor: Tensor) -> None:
         """Let the node read `tensor` at `position`, which may lie past its last operand."""
@@ -112,8 +112,7 @@ class Wiring:
         """Let the node write `new` where it wrote `old`."""
         position = next(i for i, tensor in enumerate(node.outputs) if tensor is old)
         node.outputs[position] = new
-        new.inputs[:] = [node]
-        old.inputs.clear()
+        new.producer, old.producer = node, None
         self.adopt(node.scope, new)
         self.touch(node)
 
@@ -167,7 +166,7 @@ class Wiring:
                 scope.dropped.add(tensor.name)
                 scope.changed = True
                 continue
-            node = tensor.inputs[0] if tensor.inputs else None
+            node = tensor.producer
             if node is not None and not node.erased and is_standard(node) and not self.is_read(node):
                 self.erase(node)
 
@@ -180,7 +179,7 @@ class Wiring:
                 if (id(node), position) in tensor.slots:
                     raise ValueError(f"{tensor.name!r} is read by a node that is gone")
             for output in node.outputs:
-                if output.slots and output.inputs and output.inputs[0] is node:
+                if output.slots and output.producer is node:
                     raise ValueError(f"{output.name!r} is read, but the node that made it is gone")
         self._gone.clear()
         self._put_in_order()
@@ -222,9 +221,9 @@ class Wiring:
                 node.outputs.append(output)
                 if output is ABSENT:
                     continue
-                if output.inputs:
+                if output.producer is not None:
                     raise InputError(f"not a valid ONNX model: two nodes produce the value {name!r}")
-                output.inputs.append(node)
+                output.producer = node
 
     def _define(self, scope: Scope, tensor: Tensor) -> None:
         reject_bytes(tensor.name)
@@ -339,21 +338,14 @@ def _topological(nodes: list[Node], captured: Mapping[int, Sequence[Tensor]]) ->
     mine = {id(node): node for node in nodes}
     ahead = set(mine)  # what is not made yet
     for node in nodes:
-        for tensor in (*node.inputs, *captured.get(id(node), ())):
-            if tensor.inputs and not ahead.isdisjoint(map(id, tensor.inputs)):
-                break
-        else:
-            ahead.remove(id(node))
-            continue
-        break
+        if any(id(tensor.producer) in ahead for tensor in (*node.inputs, *captured.get(id(node), ()))):
+            break
+        ahead.remove(id(node))
     else:
         return nodes
     needs = {
         id(node): [
-            id(producer)
-            for tensor in (*node.inputs, *captured.get(id(node), ()))
-            for producer in tensor.inputs
-            if id(producer) in mine
+            id(tensor.producer) for tensor in (*node.inputs, *captured.get(id(node), ())) if id(tensor.producer) in mine
         ]
         for node in nodes
     }
