@@ -20,6 +20,9 @@ from onnx_graphsurgeon.util.misc import convert_from_onnx_attr_type
 
 from fuser.errors import InputError
 
+OLDEST_OPSET = 7
+"""Before opset 7 broadcasting and BatchNormalization meant something else."""
+
 
 class Scope:
     """A graph with names of its own: the main graph, the body of an If/Loop/Scan, a local function.

@@ -21,12 +21,11 @@ from fuser.files import ModelFile
 from fuser.graph import Array, Reader, Summary
 from fuser.graphs.onnx import carrier
 from fuser.graphs.onnx.duplicates import DuplicateConstants, duplicate_nodes
-from fuser.graphs.onnx.editor import ABSENT, Node, Scope, Tensor, Variable
+from fuser.graphs.onnx.editor import ABSENT, OLDEST_OPSET, Node, Scope, Tensor, Variable
 from fuser.graphs.onnx.editor import Constant as StoredConstant
 from fuser.graphs.onnx.known import KnownValues
 from fuser.graphs.onnx.readers import (
     MEASURED,
-    OLDEST_OPSET,
     OPERANDS,
     READERS,
     NodeReader,

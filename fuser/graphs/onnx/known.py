@@ -13,8 +13,7 @@ from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoP
 
 from fuser.files import ModelFile
 from fuser.graph import Array, Dim
-from fuser.graphs.onnx.editor import ABSENT, Constant, Node, Scope, Tensor, export_node, names_read
-from fuser.graphs.onnx.readers import OLDEST_OPSET
+from fuser.graphs.onnx.editor import ABSENT, OLDEST_OPSET, Constant, Node, Scope, Tensor, export_node, names_read
 from fuser.graphs.onnx.sizes import MAX_SIZES, SIZE_OPERATORS, SizeArithmetic
 from fuser.graphs.onnx.values import (
     EVALUABLE,

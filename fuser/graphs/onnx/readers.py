@@ -24,9 +24,6 @@ from fuser.remarks import Missed
 if TYPE_CHECKING:
     from fuser.graphs.onnx.graph import OnnxGraph
 
-OLDEST_OPSET = 7
-"""Before opset 7 broadcasting and BatchNormalization meant something else."""
-
 OPERANDS: dict[str, dict[str, int]] = {
     "Conv": {"weight": 1, "bias": 2},
     "ConvTranspose": {"weight": 1, "bias": 2},
