@@ -119,20 +119,19 @@ class WeightLayout:
 
     def along_outputs(self, values: Array, shape: Sequence[int]) -> Array:
         """[Cout] values, shaped to multiply the weight: each element meets the value of its output channel."""
-        if not self.transposed:
-            return values.reshape(-1, *[1] * (len(shape) - 1))
-        if self.groups == 1:
-            return values.reshape(1, -1, *[1] * (len(shape) - 2))
-        rows = np.repeat(values.reshape(self.groups, -1), shape[0] // self.groups, axis=0)
-        return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
+        return self._along(values, shape, first=not self.transposed)
 
     def along_inputs(self, values: Array, shape: Sequence[int]) -> Array:
         """[Cin] values, shaped to multiply the weight: each element meets the value of its input channel."""
-        if self.transposed:
+        return self._along(values, shape, first=self.transposed)
+
+    def _along(self, values: Array, shape: Sequence[int], *, first: bool) -> Array:
+        """One value for each row of the weight, or for each entry of its second axis in each group of rows."""
+        if first:
             return values.reshape(-1, *[1] * (len(shape) - 1))
-        if self.groups == 1:
-            return values.reshape(1, -1, *[1] * (len(shape) - 2))
-        rows = np.repeat(values.reshape(self.groups, -1), shape[0] // self.groups, axis=0)
+        rows = values.reshape(self.groups, -1)
+        if self.groups > 1:
+            rows = np.repeat(rows, shape[0] // self.groups, axis=0)
         return rows.reshape(*rows.shape, *[1] * (len(shape) - 2))
 
     def window(self, weight: Array | Scaled, channel: int) -> tuple[Array, slice]:

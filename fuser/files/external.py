@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from fuser.errors import InputError
-from fuser.files.sources import WINDOW, File, Identity
+from fuser.files.sources import WINDOW, File, Identity, changed
 from fuser.files.tensors import shown
 
 
@@ -90,14 +90,10 @@ class DataFile:
         except OSError:
             return
         if now != self.identity and (now.device, now.inode) == (self.identity.device, self.identity.inode):
-            raise _changed(self._path)
+            raise changed(self._path)
 
     def _file(self) -> File:
         file = self._files.open(self._path)
         if file.identity != self.identity:
-            raise _changed(self._path)
+            raise changed(self._path)
         return file
-
-
-def _changed(path: Path) -> InputError:
-    return InputError(f"{path} was changed by somebody else while it was in use; run again")

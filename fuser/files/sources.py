@@ -85,6 +85,11 @@ class Identity(NamedTuple):
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
+def changed(path: Path) -> InputError:
+    """Said of a file that is no longer what it was when it was opened."""
+    return InputError(f"{path} was changed by somebody else while it was in use; run again")
+
+
 class File:
     """An open file, read by position; it stays readable when its name is given to another file.
 
@@ -121,7 +126,7 @@ class File:
         """Raise `InputError` when somebody wrote into the file since it was opened."""
         assert self.fd is not None
         if Identity.of(os.fstat(self.fd)) != self.identity:
-            raise InputError(f"{self.path} was changed by somebody else while it was in use; run again")
+            raise changed(self.path)
 
     def readinto(self, view: memoryview, offset: int) -> None:
         assert self.fd is not None

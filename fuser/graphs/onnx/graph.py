@@ -128,7 +128,7 @@ class OnnxGraph:
         self._origins: dict[int, list[str]] = {}
         self._readings: dict[int, Op | None] = {}
         self._read_at = 0
-        self._taken = {name for scope in self.wiring.scopes for name in scope.names} | initializer_names(graph)
+        self._taken = {name for scope in self.wiring.scopes for name in scope.names}
         self._taken.update(node.name for node in self.wiring.order)
         self._node_names = Counter(node.scope.path + node.name for node in self.wiring.order)
 
@@ -698,14 +698,14 @@ class OnnxGraph:
         if self._holds_initializers(scope):
             scope.new_constants.append(tensor)
             self.wiring.adopt(scope, tensor)
-            self.known.add(tensor)
+            tensor.known = True
             return tensor
         output = Variable(name)
         node = Node("Constant", self._fresh(f"{name}_node"), attrs={"value": tensor})
         self.wiring.insert(node, before=user)
         self.wiring.link(node, [], [output])
         self.wiring.adopt(scope, output)
-        self.known.add(output)
+        output.known = True
         return output
 
     def _computed(self, name: str, array: Array | Scaled, of: Tensor) -> TensorProto | None:

@@ -75,10 +75,6 @@ class KnownValues:
             self._classify(node)
         self._infer_further()
 
-    def add(self, tensor: Tensor) -> None:
-        """A new constant."""
-        tensor.known = True
-
     def value(self, tensor: Tensor) -> Array | Missed:
         """The value, or why it is not known."""
         if tensor.known:

@@ -33,7 +33,7 @@ class Wiring:
     """The links of a model, by identity, and the small edits that keep them right.
 
     order: the living nodes of all scopes, each made before it is read.
-    unread: the initializers of the main graph that nobody has ever read and no caller can give, by name.
+    unread: the initializers of the main graph that nobody has ever read and no caller can give.
 
     Raises `InputError` for a model that is not a graph: cyclic, or with a value produced twice or not at all.
     """
