@@ -141,13 +141,13 @@ class Walker:
                 return found
             edits += found
         for edit in edits:
-            for field in edit.arrays.keys() & {"weight", "scale"}:
-                if self.graph.freed(getattr(edit.op, field)):
+            for field, array in edit.arrays.items():
+                if field not in ("weight", "scale") or self.graph.freed(getattr(edit.op, field)):
                     continue
                 if self.shared_weights == "refuse":
                     return shared_weights(self.graph, edit.op)
-                copy = f"its own copy of a shared weight: {edit.arrays[field].nbytes:,} bytes"
-                if edit.arrays[field].size > MAX_COPY:
+                copy = f"its own copy of a shared weight: {array.nbytes:,} bytes"
+                if array.size > MAX_COPY:
                     return Missed("grows", f"{self.graph.describe(edit.op)} would need {copy}")
                 notes.append(f" ({copy})")
         names = ", ".join(self.graph.describe(take.op) for take in takes)
@@ -563,18 +563,18 @@ def layout_of(op: Conv | Linear) -> WeightLayout:
 
 def constants_of(graph: Graph, op: Conv | Linear) -> Constants | Missed:
     """The constants of `op`, the bias in float64 as it is added: zeros where there is none."""
-    weight, name = graph.constant(op.weight), graph.describe(op)
+    weight = graph.constant(op.weight)
     if isinstance(weight, Missed):
-        return Missed(weight.code, f"the weight of {name}: {weight.reason}", weight.remedy)
+        return Missed(weight.code, f"the weight of {graph.describe(op)}: {weight.reason}", weight.remedy)
     alpha, beta = (op.alpha, op.beta) if isinstance(op, Linear) else (1.0, 1.0)
     outputs = layout_of(op).outputs(weight.shape)
     if op.bias is None or beta == 0:
         return Constants(weight, np.zeros(outputs), alpha)
     bias = graph.constant(op.bias)
     if isinstance(bias, Missed):
-        return Missed(bias.code, f"the bias of {name}: {bias.reason}", bias.remedy)
+        return Missed(bias.code, f"the bias of {graph.describe(op)}: {bias.reason}", bias.remedy)
     if bias.ndim and bias.shape[-1] not in (1, outputs):
-        return Missed("shape-mismatch", f"the bias of {name} has the shape {bias.shape}")
+        return Missed("shape-mismatch", f"the bias of {graph.describe(op)} has the shape {bias.shape}")
     wide = np.broadcast_to(bias.astype(np.float64) * beta, (*bias.shape[:-1], outputs))
     return Constants(weight, wide.reshape(-1) if wide.size == outputs else wide, alpha)
 
@@ -590,10 +590,9 @@ def new_constants(op: Conv | Linear, old: Constants, factor: Array, bias: Array)
     dtype = old.weight.dtype
     arrays: dict[str, Array | Scaled] = {}
     if not neutral or (factor != 1).any():
-        product = Scaled(old.weight, factor)
-        is_light = product.nbytes >= max(DEFERRED, 8 * product.factor.nbytes)
-        arrays["weight"] = product if is_light else np.asarray(product)
-    if (op.bias is not None and not neutral) or not np.array_equal(bias, old.bias):
+        is_light = old.weight.nbytes >= max(DEFERRED, 8 * factor.nbytes)
+        arrays["weight"] = Scaled(old.weight, factor) if is_light else algebra.scaled(old.weight, factor, dtype)
+    if (op.bias is not None and not neutral) or (bias != old.bias).any():
         arrays["bias"] = algebra.rounded(bias, dtype)
     return arrays
 

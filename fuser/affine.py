@@ -263,17 +263,18 @@ def agree(
         taps = math.prod(old.weight.shape[2:])
         scale, shift = (np.stack([np.repeat(v[block], taps) for block in blocks]) for v in (before.scale, before.shift))
         seen = x * scale + shift
-    value, size = _products(weights, seen)
-    bias = _first_row(old.bias, channels)
-    value, size = old.alpha * value + bias, abs(old.alpha) * size + np.abs(bias)
-    if after is not None:
-        scale, shift = after.scale[channels], after.shift[channels]
-        value, size = value * scale + shift, size * np.abs(scale) + np.abs(shift)
-    new_value, new_size = _products(_windows(new.weight, layout, channels), x)
-    bias = _first_row(new.bias, channels)
-    new_value, new_size = new_value + bias, new_size + np.abs(bias)
-    bound = rounding(new.weight.dtype, new_size, x.size) + 1e-12 * (size + new_size)
-    return bool((np.abs(value - new_value) <= bound).all())
+    sums = *_products(weights, seen), _first_row(old.bias, channels)
+    new_sums = *_products(_windows(new.weight, layout, channels), x), _first_row(new.bias, channels)
+    for channel, value, size, bias, new_value, new_size, new_bias in zip(channels, *sums, *new_sums, strict=True):
+        value, size = old.alpha * value + bias, abs(old.alpha) * size + abs(bias)
+        if after is not None:
+            factor, summand = float(after.scale[channel]), float(after.shift[channel])
+            value, size = value * factor + summand, size * abs(factor) + abs(summand)
+        new_value, new_size = new_value + new_bias, new_size + abs(new_bias)
+        bound = rounding(new.weight.dtype, new_size, x.size) + 1e-12 * (size + new_size)
+        if not abs(value - new_value) <= bound:
+            return False
+    return True
 
 
 F = TypeVar("F", float, Array)
@@ -336,17 +337,17 @@ def _windows(weight: Array | Scaled, layout: WeightLayout, channels: Sequence[in
     """What a few output channels are made of: [channels, Cin/groups * taps]."""
     if layout.transposed:
         windows = np.stack([layout.window(weight, channel)[0] for channel in channels])
-    else:
-        windows = weight[channels]  # the same, in one step
+    else:  # the same, in one step
+        windows = weight[channels] if isinstance(weight, Scaled) else weight.take(channels, axis=0)
     return _float64(windows).reshape(len(channels), -1)
 
 
-def _products(weights: Array, x: Array) -> tuple[Array, Array]:
+def _products(weights: Array, x: Array) -> tuple[list[float], list[float]]:
     """(sum, sum of magnitudes) of weight * x, for each channel; x is the same for all of them, or one for each."""
     if x.ndim == 1:
-        return weights @ x, np.abs(weights) @ np.abs(x)
+        return weights.dot(x).tolist(), np.abs(weights).dot(np.abs(x)).tolist()
     products = weights * x
-    return products.sum(axis=1), np.abs(products).sum(axis=1)
+    return products.sum(axis=1).tolist(), np.abs(products).sum(axis=1).tolist()
 
 
 @lru_cache(maxsize=8)
@@ -357,10 +358,11 @@ def _inputs(count: int) -> Array:
     return x
 
 
-def _first_row(bias: Array, channels: Sequence[int]) -> Array:
+def _first_row(bias: Array, channels: Sequence[int]) -> list[float]:
     """The biases of a few channels, in the first row where rows differ."""
-    row: Array = bias if bias.ndim == 1 else bias.reshape(-1, bias.shape[-1])[0]
-    return row[channels]
+    row = bias if bias.ndim == 1 else bias.reshape(-1, bias.shape[-1])[0]
+    found: list[float] = _float64(row.take(channels)).tolist()
+    return found
 
 
 def _float64(array: Array) -> Array:

@@ -93,9 +93,9 @@ def load() -> Registry:
     """Read the entry points.  A plugin that fails to import, or claims a name that is taken, is set aside."""
     passes: dict[str, PassInfo] = {}
     broken: list[BrokenPass] = []
+    owned = [(_owner(point), point) for point in entry_points(group=GROUP)]
     # Sorting lets the names be claimed in the same order on every machine, our own first.
-    for point in sorted(entry_points(group=GROUP), key=lambda p: (_owner(p) != "graph-fuser", _owner(p), p.name)):
-        owner = _owner(point)
+    for owner, point in sorted(owned, key=lambda pair: (pair[0] != "graph-fuser", pair[0], pair[1].name)):
         if point.name in passes:
             if passes[point.name].owner != owner:  # the same distribution seen twice on the path is no clash
                 other = passes[point.name].owner

@@ -36,6 +36,10 @@ class DataFiles:
             self._open = File(path)
         return self._open
 
+    def paths(self) -> list[Path]:
+        """Every data file found so far."""
+        return [file.path for file in self._files.values()]
+
     def identities(self) -> set[tuple[int, int]]:
         """(device, inode) of every data file found so far."""
         return {(file.identity.device, file.identity.inode) for file in self._files.values()}
@@ -73,7 +77,7 @@ class DataFile:
     step = WINDOW
 
     def __init__(self, files: DataFiles, path: Path) -> None:
-        self._files, self._path = files, path
+        self._files, self.path = files, path
         self.identity = files.open(path).identity
         self.size = self.identity.size
 
@@ -86,14 +90,14 @@ class DataFile:
 
     def check_unchanged(self) -> None:
         try:
-            now = Identity.of(self._path.stat())
+            now = Identity.of(self.path.stat())
         except OSError:
             return
         if now != self.identity and (now.device, now.inode) == (self.identity.device, self.identity.inode):
-            raise changed(self._path)
+            raise changed(self.path)
 
     def _file(self) -> File:
-        file = self._files.open(self._path)
+        file = self._files.open(self.path)
         if file.identity != self.identity:
-            raise changed(self._path)
+            raise changed(self.path)
         return file

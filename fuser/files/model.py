@@ -52,7 +52,8 @@ def load(path: str | os.PathLike[str]) -> ModelFile:
     try:
         data, typed = skeleton.slim(file, file.size, location)
         proto = onnx.ModelProto.FromString(data)
-        _check_text(proto)
+        if not _is_text(proto):
+            raise wire.Malformed("a name in it is not UTF-8 text")
         if location != _MODEL and _RESERVED.encode() in data:
             _check_locations(tensors_of(proto))
     except (wire.Malformed, DecodeError) as error:
@@ -111,6 +112,8 @@ class ModelFile:
         Its external data, if it has any, is looked for in `base_dir`.  Raises `InputError` for a tensor that does
         not fill its shape, and for text that is not UTF-8.
         """
+        if not _is_text(proto):
+            raise InputError("a name in the model is not UTF-8 text")
         _check_locations(proto.graph.initializer)
         slim = onnx.ModelProto()
         sources: dict[str, Source] = {}
@@ -152,7 +155,7 @@ class ModelFile:
         `InputError` when the data is missing or does not fill the shape.
         """
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            return tensors.decode(self.blob(tensor).array(), tensor.data_type, tensor.dims)
+            return tensors.decode(self.blob(tensor).array(), tensor.data_type, tensor.dims[:])
         return tensors.inline_array(tensor)
 
     def pieces(self, tensor: onnx.TensorProto) -> Iterator[bytes | memoryview]:
@@ -260,6 +263,10 @@ class ModelFile:
             self.whole.check_unchanged()
         self._data.check_unchanged()
 
+    def data_files(self) -> list[Path]:
+        """The files of external data that tensors have been read from."""
+        return self._data.paths()
+
     def files(self) -> set[tuple[int, int]]:
         """(device, inode) of every file that tensors have been read from."""
         own = {(self.whole.identity.device, self.whole.identity.inode)} if self.whole else set()
@@ -321,16 +328,33 @@ def _number(tensor: onnx.TensorProto, key: str, text: str) -> int:
     return int(text)
 
 
-def _check_text(proto: onnx.ModelProto) -> None:
-    """Raise `wire.Malformed` for names that are not UTF-8: protobuf lets them through, as bytes or to fail later."""
+def _is_text(proto: onnx.ModelProto) -> bool:
+    """Whether every name is: what is not UTF-8 protobuf hands out as bytes, or not at all."""
     try:
-        for node in proto.graph.node:
-            "".join((node.name, node.op_type, node.domain, *node.input, *node.output))
-            "".join([attribute.name for attribute in node.attribute])
-        for values in (proto.graph.initializer, proto.graph.input, proto.graph.output, proto.graph.value_info):
-            "".join([value.name for value in values])
+        "".join([name for graph in (proto.graph, *proto.functions) for name in _names(graph)])
     except (TypeError, UnicodeDecodeError):
-        raise wire.Malformed("a name in it is not UTF-8 text") from None
+        return False
+    return True
+
+
+def _names(graph: onnx.GraphProto | onnx.FunctionProto) -> list[str]:
+    """Every name in a graph, its bodies included."""
+    names: list[str] = []
+    for node in graph.node:
+        names += (node.name, node.op_type, node.domain, *node.input[:], *node.output[:])
+        for attribute in node.attribute:
+            names.append(attribute.name)
+            if attribute.type in _BODIES:
+                for body in (attribute.g, *attribute.graphs):
+                    names += _names(body)
+    if isinstance(graph, onnx.FunctionProto):
+        return [*names, graph.name, graph.domain, *graph.input, *graph.output]
+    for values in (graph.initializer, graph.input, graph.output, graph.value_info):
+        names += [tensor.name for tensor in values]
+    return [*names, *(tensor.values.name for tensor in graph.sparse_initializer)]
+
+
+_BODIES = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 
 
 def _check_locations(tensors: Iterable[onnx.TensorProto]) -> None:

@@ -77,16 +77,15 @@ DATA_TYPES = {format.dtype: data_type for data_type, format in FORMATS.items()}
 
 def stored_size(tensor: onnx.TensorProto) -> int:
     """The bytes of a tensor's raw data.  Raises `InputError` for a negative dimension or a type without such."""
-    dims: tuple[int, ...] = tuple(tensor.dims)
+    dims = tensor.dims[:]
     if len(dims) > _MAX_RANK or (dims and min(dims) < 0):
-        raise InputError(
-            f"tensor {shown(tensor.name)} has an impossible shape, {shown(list(dims))}; the file is corrupt"
-        )
+        raise InputError(f"tensor {shown(tensor.name)} has an impossible shape, {shown(dims)}; the file is corrupt")
     format = FORMATS.get(tensor.data_type)
     if format is None:
         found = _type_name(tensor.data_type)
         raise InputError(f"tensor {shown(tensor.name)} has raw data of a type that this version cannot read: {found}")
-    return (math.prod(dims) * format.bits + 7) // 8
+    count: int = math.prod(dims)
+    return (count * format.bits + 7) // 8
 
 
 def check_filled(tensor: onnx.TensorProto, length: int) -> None:
@@ -131,7 +130,7 @@ def inline_array(tensor: onnx.TensorProto) -> Array:
     if tensor.HasField("raw_data"):
         raw = tensor.raw_data
         check_filled(tensor, len(raw))
-        return decode(raw, tensor.data_type, tensor.dims)
+        return decode(raw, tensor.data_type, tensor.dims[:])
     try:
         array = onnx.numpy_helper.to_array(tensor)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:

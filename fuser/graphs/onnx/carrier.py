@@ -60,8 +60,7 @@ def _patch_tensors(scope: Scope, graph: GraphProto, removed_inputs: set[str], ir
     new = [tensor for tensor in scope.new_constants if tensor.name not in scope.dropped]
     made = {tensor.name for node in scope.nodes if not node.erased for tensor in node.outputs}
     dropped = scope.dropped - made
-    initializers = {tensor.name for tensor in graph.initializer}
-    unwanted = removed_inputs | (dropped & initializers)
+    unwanted = removed_inputs | dropped  # of the inputs, those whose initializer is gone
     if dropped:
         _refill(graph, "initializer", [t for t in graph.initializer if t.name not in dropped])
         _refill(graph, "value_info", [v for v in graph.value_info if v.name not in dropped])

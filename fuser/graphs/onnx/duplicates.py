@@ -107,16 +107,16 @@ class DuplicateConstants:
             twin = outer if outer is not None and outer.producer is None else None
         return twin
 
-    def _proto(self, tensor: Tensor) -> TensorProto | None:
-        """Where the values are; a Constant node may also state them as numbers."""
+    def _holder(self, tensor: Tensor) -> Constant | None:
+        """What holds the values; a Constant node may also state them as numbers."""
         stored = tensor if tensor.producer is None else tensor.producer.attrs.get("value")
-        return stored.proto if isinstance(stored, Constant) else None
+        return stored if isinstance(stored, Constant) else None
 
     def _form(self, tensor: Tensor) -> Hashable:
-        proto = self._proto(tensor)
-        if proto is None or proto.data_type == TensorProto.STRING:
+        stored = self._holder(tensor)
+        if stored is None or stored.proto is None or stored.proto.data_type == TensorProto.STRING:
             return id(tensor)
-        return proto.data_type, tuple(proto.dims)
+        return stored.proto.data_type, stored.sizes
 
     def _beginning(self, tensor: Tensor) -> bytes:
         return self._hash(tensor, whole=False)
@@ -125,9 +125,10 @@ class DuplicateConstants:
         return self._hash(tensor, whole=True)
 
     def _hash(self, tensor: Tensor, whole: bool) -> bytes:
-        key, proto = (id(tensor), whole), self._proto(tensor)
-        if proto is not None and key not in self._hashes:
-            pieces = self._model.pieces(proto)
+        key, holder = (id(tensor), whole), self._holder(tensor)
+        if key not in self._hashes:
+            assert holder is not None and holder.proto is not None  # otherwise no other has its form
+            pieces = self._model.pieces(holder.proto)
             first = next(pieces, b"")
             if len(first) <= SHORT:
                 return bytes(first)

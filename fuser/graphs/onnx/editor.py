@@ -18,8 +18,6 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.util.misc import convert_from_onnx_attr_type
 
-from fuser.errors import InputError
-
 OLDEST_OPSET = 7
 """Before opset 7 broadcasting and BatchNormalization meant something else."""
 
@@ -98,6 +96,10 @@ class Node(gs.Node):  # type: ignore[misc]
 
     __setattr__ = object.__setattr__
     scope: Scope
+    touched = False
+    erased = False
+    new_attributes: frozenset[str] = frozenset()
+    bodies: tuple[Scope, ...] = ()
 
     def __init__(
         self,
@@ -111,9 +113,6 @@ class Node(gs.Node):  # type: ignore[misc]
         self.attrs: dict[str, Any] = {} if attrs is None else attrs
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
-        self.touched = self.erased = False
-        self.new_attributes: frozenset[str] = frozenset()
-        self.bodies: list[Scope] = []
 
 
 class Tensor:
@@ -127,14 +126,14 @@ class Tensor:
     """
 
     __setattr__ = object.__setattr__
+    producer: Node | None = None
+    public: tuple[str, ...] = ()
+    home: Scope | None = None
+    known = False
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.producer: Node | None = None
         self.slots: dict[tuple[int, int], Node] = {}
-        self.public: list[str] = []
-        self.home: Scope | None = None
-        self.known = False
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r})"
@@ -164,7 +163,7 @@ class Constant(Tensor, gs.Constant):  # type: ignore[misc]
         is_dense = isinstance(proto, TensorProto)
         super().__init__(proto.name if is_dense else proto.values.name)
         self.proto = proto if is_dense else None
-        self.sizes = tuple(proto.dims)
+        self.sizes = tuple(proto.dims[:])
 
     @property
     def _values(self) -> LazyValues:
@@ -182,9 +181,7 @@ ABSENT = Variable("")
 
 
 def import_node(proto: NodeProto, scope: Scope) -> Node:
-    """The node of a scope, without its links and bodies.  Raises `InputError` for names that are no text."""
-    for text in (proto.name, proto.op_type, proto.domain, *proto.input, *proto.output):
-        reject_bytes(text)
+    """The node of a scope, without its links and bodies."""
     domain = proto.domain if proto.HasField("domain") else None
     attributes = {a.name: _value(a) for a in proto.attribute if a.type in _READ or a.ref_attr_name}
     node = Node(proto.op_type, proto.name, attributes, domain, proto)
@@ -218,12 +215,6 @@ def export_node(node: Node, *, in_place: bool = False) -> NodeProto:
         proto.attribute.remove(attribute)
     proto.attribute.extend([make_attribute(name, node.attrs[name]) for name in new])
     return proto
-
-
-def reject_bytes(name: str | bytes) -> None:
-    """Protobuf hands out bytes for a name that is not UTF-8; raises `InputError` for one."""
-    if isinstance(name, bytes):
-        raise InputError(f"not a valid ONNX model: the name {name!r} is not UTF-8")
 
 
 def names_read(graph: GraphProto | FunctionProto) -> set[str]:

@@ -37,7 +37,7 @@ from fuser.graphs.onnx.readers import (
 )
 from fuser.graphs.onnx.sequences import split_sequence
 from fuser.graphs.onnx.values import CannotEvaluate, Shape, elements, numpy_dtype
-from fuser.graphs.onnx.wiring import Wiring, initializer_names, is_standard, operator
+from fuser.graphs.onnx.wiring import Wiring, is_standard, operator
 from fuser.neutral import MAY_CHANGE_NOTHING, as_identity
 from fuser.ops import (
     SMALL_CONSTANT,
@@ -114,11 +114,11 @@ class OnnxGraph:
         self._ir_version = model.proto.ir_version
         graph = model.proto.graph
         formal = self._ir_version < FORMAL_INPUTS_BEFORE_IR
-        backed = initializer_names(graph) & {info.name for info in graph.input}
+        self.wiring = Wiring(model.proto, freeze_inputs=freeze_inputs and not formal)
+        stored = self.wiring.scopes[0].names
+        backed = {info.name for info in graph.input if isinstance(stored[info.name], StoredConstant)}
         self._removed = set() if formal or not freeze_inputs else backed
         self.removable_inputs = sorted(backed) if formal or freeze_inputs else []
-
-        self.wiring = Wiring(model.proto, self._removed)
         self.known = KnownValues(model, self.wiring, set() if formal else backed, frozen=freeze_inputs)
         self._duplicate_constants = DuplicateConstants(model, self.wiring)
         self.wiring.scopes[0].changed = bool(self._removed)
@@ -127,7 +127,7 @@ class OnnxGraph:
         self._zeros: dict[int, bool] = {}
         self._origins: dict[int, list[str]] = {}
         self._readings: dict[int, Op | None] = {}
-        self._read_at = 0
+        self._read_at = self._learned_at = 0
         self._taken = {name for scope in self.wiring.scopes for name in scope.names}
         self._taken.update(node.name for node in self.wiring.order)
         self._node_names = Counter(node.scope.path + node.name for node in self.wiring.order)
@@ -250,7 +250,7 @@ class OnnxGraph:
     def summary(self) -> Summary:
         alive = [node for node in self.wiring.order if not node.erased]
         summary = Summary(dict(Counter(node.op for node in alive)))
-        stored = [node.attrs["value"] for node in alive if isinstance(node.attrs.get("value"), StoredConstant)]
+        stored = [value for node in alive if isinstance(value := node.attrs.get("value"), StoredConstant)]
         for scope in self.wiring.scopes:
             constants = (tensor for tensor in scope.names.values() if isinstance(tensor, StoredConstant))
             stored += [tensor for tensor in constants if tensor.name not in scope.dropped]
@@ -489,11 +489,13 @@ class OnnxGraph:
 
         Where an edge stays, small values that feed it are the edge.
         """
-        self.known.learn()
-        self._readings.clear()
-        targets = {id(tensor) for node in self.wiring.of(["Reshape"]) for tensor in node.inputs[1:]}
+        if self._learned_at != self.edits:
+            self.known.learn()
+            self._readings.clear()
+            self._learned_at = self.edits
+        targets = {id(tensor.producer) for node in self.wiring.of(["Reshape"]) for tensor in node.inputs[1:]}
         for node in self.wiring.order:
-            makes_target = any(id(output) in targets for output in node.outputs)
+            makes_target = id(node) in targets
             if not (makes_target or self.known.is_foldable(node)) or node.erased:
                 continue
             if any(output.public for output in node.outputs):

@@ -154,17 +154,16 @@ class KnownValues:
         if isinstance(tensor, Constant):
             return tensor.sizes
         inferred = self._inferred_shape(tensor)
-        if inferred is None or not all(isinstance(size, int) for size in inferred):
-            inferred = self._reshaped(tensor, inferred)
+        if (node := tensor.producer) is not None and node.op == "Reshape":
+            inferred = self._reshaped(node, inferred)
         if inferred is None and tensor.known:
             with contextlib.suppress(CannotEvaluate):
                 return tuple(self.evaluate(tensor).shape)
         return inferred
 
-    def _reshaped(self, tensor: Tensor, inferred: Shape | None) -> Shape | None:
+    def _reshaped(self, node: Node, inferred: Shape | None) -> Shape | None:
         """What a Reshape to a known shape makes: inference saw neither how that is computed nor what was since."""
-        node = tensor.producer
-        if node is None or node.op != "Reshape" or len(node.inputs) < 2 or not is_standard(node):
+        if (inferred is not None and elements(inferred) is not None) or len(node.inputs) < 2 or not is_standard(node):
             return inferred
         target = self._target(node.inputs[1])
         if target is None or (inferred is not None and len(inferred) != len(target)):
@@ -350,8 +349,7 @@ class KnownValues:
         """The model as inference needs it, which goes through the nodes once: each made before it is read."""
         model, main = self._model.proto, self._wiring.scopes[0]
         nodes = [node.proto for node in self._wiring.order if node.scope is main]
-        pairs = zip(nodes, model.graph.node, strict=False)
-        if all(node is None or node.output == other.output for node, other in pairs):
+        if all(node is None or node is other for node, other in zip(nodes, model.graph.node, strict=False)):
             return model
         ordered = ModelProto()
         ordered.CopyFrom(model)
@@ -445,7 +443,7 @@ class KnownValues:
         for info in _infos(graph):
             if (tensor := scope.names.get(info.name)) is not None:
                 self._types[id(tensor)] = type_and_shape(info)
-        if scope.frozen:
+        if scope.frozen or not scope.children:
             return
         children: dict[tuple[str, ...], list[Scope]] = {}
         for child in scope.children:

@@ -7,7 +7,7 @@ is, left alone: there, a name would not mean what it means outside.
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import merge
 from typing import Any
 
@@ -25,7 +25,6 @@ from fuser.graphs.onnx.editor import (
     Variable,
     import_node,
     names_read,
-    reject_bytes,
 )
 
 
@@ -34,11 +33,12 @@ class Wiring:
 
     order: the living nodes of all scopes, each made before it is read.
     unread: the initializers of the main graph that nobody has ever read and no caller can give.
+    freeze_inputs: no caller can give those that are also inputs.
 
     Raises `InputError` for a model that is not a graph: cyclic, or with a value produced twice or not at all.
     """
 
-    def __init__(self, model: onnx.ModelProto, dropped_inputs: Collection[str] = ()) -> None:
+    def __init__(self, model: onnx.ModelProto, *, freeze_inputs: bool = False) -> None:
         self.scopes: list[Scope] = []
         self._orphans: dict[int, Tensor] = {}
         self._gone: list[Node] = []  # since the graph was settled
@@ -55,7 +55,7 @@ class Wiring:
         self.order: list[Node] = []
         self._places: dict[str, list[int]] = {}
         self._put_in_order()
-        self.unread = self._unread_initializers(model, dropped_inputs)
+        self.unread = self._unread_initializers(model, freeze_inputs)
 
     # -- reading
 
@@ -198,7 +198,7 @@ class Wiring:
         scope.nodes = [import_node(proto, scope) for proto in scope.proto.node]
         self._define_names(scope)
         for proto, node in zip(scope.proto.node, scope.nodes, strict=True):
-            for position, name in enumerate(proto.input):
+            for position, name in enumerate(proto.input[:]):
                 tensor = self._meant(scope, name)
                 node.inputs.append(tensor)
                 self._add_use(tensor, node, position)
@@ -214,7 +214,7 @@ class Wiring:
             if name not in scope.names:  # before IR 4, and where a caller may replace it, it is an initializer, too
                 self._define(scope, Variable(name))
         for proto, node in zip(scope.proto.node, scope.nodes, strict=True):
-            for name in proto.output:
+            for name in proto.output[:]:
                 output = scope.names.get(name) if name else ABSENT
                 if output is None:
                     self._define(scope, output := Variable(name))
@@ -226,7 +226,6 @@ class Wiring:
                 output.producer = node
 
     def _define(self, scope: Scope, tensor: Tensor) -> None:
-        reject_bytes(tensor.name)
         if scope.parent is not None and scope.parent.lookup(tensor.name) is not None:
             scope.frozen = True  # outside, the name means something else
         self.adopt(scope, tensor)
@@ -243,7 +242,7 @@ class Wiring:
             path = f"{scope.path}{_label(node)}/{attribute.name}/"
             child = Scope(path, attribute.g, scope.opset, scope, node)
             scope.children.append(child)
-            node.bodies.append(child)
+            node.bodies += (child,)
             self._register(child)
             if child.frozen:
                 for name in names_read(child.proto):
@@ -261,16 +260,17 @@ class Wiring:
 
     def _publish(self, tensor: Tensor | None, label: str) -> None:
         if tensor is not None:
-            tensor.public.append(label)
+            tensor.public += (label,)
 
-    def _unread_initializers(self, model: onnx.ModelProto, dropped_inputs: Collection[str]) -> list[Tensor]:
+    def _unread_initializers(self, model: onnx.ModelProto, freeze_inputs: bool) -> list[Tensor]:
         if model.training_info:  # which names initializers, too
             return []
-        graph, main = model.graph, self.scopes[0]
+        graph = model.graph
         kept = {entry.value for note in graph.quantization_annotation for entry in note.quant_parameter_tensor_names}
-        kept |= {info.name for info in graph.input}.difference(dropped_inputs)
-        stored = (main.names[tensor.name] for tensor in graph.initializer if tensor.name not in kept)
-        return [tensor for tensor in stored if not tensor.is_needed]
+        if not freeze_inputs:
+            kept.update(info.name for info in graph.input)
+        unread = [tensor for tensor in self.scopes[0].names.values() if not tensor.is_needed]
+        return [t for t in unread if isinstance(t, Constant) and t.proto is not None and t.name not in kept]
 
     def _captured(self) -> dict[int, list[Tensor]]:
         """What the bodies of a node read from outside of it, by the node's id."""
@@ -313,17 +313,13 @@ def has_references(node: Node) -> bool:
     return any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values())
 
 
-def initializer_names(graph: GraphProto) -> set[str]:
-    return {t.name for t in graph.initializer} | {t.values.name for t in graph.sparse_initializer}
-
-
 def _opset(imports: Sequence[onnx.OperatorSetIdProto]) -> int:
     return next((entry.version for entry in imports if entry.domain in ("", "ai.onnx")), 0)
 
 
 def _names(values: Iterable[onnx.ValueInfoProto | str]) -> Iterator[str]:
     """Of the inputs or outputs of a graph, which have types, or of a function, which have none."""
-    return (value if isinstance(value, str | bytes) else value.name for value in values)
+    return (value if isinstance(value, str) else value.name for value in values)
 
 
 def _label(node: Node) -> str:
@@ -335,14 +331,9 @@ def _topological(nodes: list[Node], captured: Mapping[int, Sequence[Tensor]]) ->
 
     captured: what a node reads beside its inputs, by its id.
     """
-    mine = {id(node): node for node in nodes}
-    ahead = set(mine)  # what is not made yet
-    for node in nodes:
-        if any(id(tensor.producer) in ahead for tensor in (*node.inputs, *captured.get(id(node), ()))):
-            break
-        ahead.remove(id(node))
-    else:
+    if _are_in_order(nodes, captured):
         return nodes
+    mine = {id(node): node for node in nodes}
     needs = {
         id(node): [
             id(tensor.producer) for tensor in (*node.inputs, *captured.get(id(node), ())) if id(tensor.producer) in mine
@@ -354,3 +345,13 @@ def _topological(nodes: list[Node], captured: Mapping[int, Sequence[Tensor]]) ->
     except graphlib.CycleError as error:
         names = ", ".join(repr(mine[key].outputs[0].name) for key in error.args[1][:3])
         raise InputError(f"not a valid ONNX model: these values depend on each other in a circle: {names}") from error
+
+
+def _are_in_order(nodes: list[Node], captured: Mapping[int, Sequence[Tensor]]) -> bool:
+    ahead = set(map(id, nodes))
+    for node in nodes:
+        for tensor in (*node.inputs, *captured.get(id(node), ())):
+            if id(tensor.producer) in ahead:
+                return False
+        ahead.remove(id(node))
+    return True
