@@ -148,6 +148,8 @@ def optimize(
     if len(models) > 2:
         raise InputError("give IN and OUT, or several models and --output-dir")
     model, output = models[0], models[1] if len(models) > 1 else None
+    if bench and output is not None and output.resolve() == model.resolve():
+        raise InputError("--bench compares IN with OUT, so OUT must be another file")
     if json and bench:
         raise InputError("--json is the story of the rewrites; measure with `fuser bench IN OUT --json`")
     with _progress(quiet or json) as progress:

@@ -10,7 +10,6 @@ exporter's own file is judged too, and the error says which of them is wrong.
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +24,7 @@ from fuser.job import LARGE, UNVERIFIABLE, Check, Job, Progress
 from fuser.remarks import Remark
 from fuser.report import Report
 from fuser.rewrite import Contract
+from fuser.scratch import scratch_folder
 from fuser.sources import Destination, OnnxSource, TorchSource, capture
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def export(
     program = capture(module, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)
 
     with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuser-")))
+        folder = stack.enter_context(scratch_folder())
         source = _before(name, module, program)
         first = Job(source, chosen, progress)
         first.rewrite()

@@ -162,7 +162,10 @@ class Job:
     def finish(self) -> Any:
         """Write what is to be written; the result as the user gets it."""
         with self.stage("write"):
-            model, self.report.written = self.candidate.finish()
+            model, written = self.candidate.finish()
+        self.report.written = written.files
+        if written.note:
+            self.report.warnings.append(written.note)
         return model
 
     @contextmanager

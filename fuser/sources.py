@@ -11,7 +11,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -23,10 +23,19 @@ from fuser.foreign import Step
 from fuser.graph import Graph, Summary
 from fuser.onnx_objects import in_memory, is_in_memory
 from fuser.remarks import Missed
+from fuser.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from fuser.files import ModelFile
     from fuser.files.save import Layout
+
+
+@dataclass(frozen=True)
+class Written:
+    """The files that were written, and what a person should know of them; mostly nothing."""
+
+    files: list[str] = field(default_factory=list)
+    note: str = ""
 
 
 class Candidate:
@@ -37,8 +46,8 @@ class Candidate:
         """For the check; of a model that is to be written, a file that is read back."""
         raise NotImplementedError
 
-    def finish(self) -> tuple[Any, list[str]]:
-        """The result as the user gets it, and the files that were written."""
+    def finish(self) -> tuple[Any, Written]:
+        """The result as the user gets it."""
         raise NotImplementedError
 
 
@@ -86,12 +95,12 @@ class Destination:
     layout: Layout = "auto"
     threshold: int = 1024
 
-    def write(self, model: ModelFile) -> list[str]:
-        """The files that were written."""
+    def write(self, model: ModelFile) -> Written:
         from fuser import files
 
         saved = files.save(model, self.path, layout=self.layout, threshold=self.threshold)
-        return [str(path) for path in (self.path, saved.data) if path is not None]
+        paths = [] if saved.unchanged else [self.path, saved.data]
+        return Written([str(path) for path in paths if path is not None], saved.note)
 
 
 class OnnxSource(Source):
@@ -116,11 +125,11 @@ class OnnxSource(Source):
         super().__init__(name, original)
         self.hand_back, self.destination = hand_back, destination
         self._read, self._freeze_inputs = read, freeze_inputs
-        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._scratch: Path | None = None
+        self._stack = contextlib.ExitStack()
 
     def __exit__(self, *_: object) -> None:
-        if self._scratch is not None:
-            self._scratch.cleanup()
+        self._stack.close()
 
     def graph(self) -> Graph:
         from fuser.graphs.onnx.graph import OnnxGraph
@@ -134,8 +143,8 @@ class OnnxSource(Source):
 
     def scratch(self, name: str = "") -> Path:
         """A folder for candidates; it goes with the source.  name: of a new folder in it."""
-        self._scratch = self._scratch or tempfile.TemporaryDirectory(prefix="fuser-")
-        return Path(tempfile.mkdtemp(prefix=name, dir=self._scratch.name)) if name else Path(self._scratch.name)
+        self._scratch = self._scratch or self._stack.enter_context(scratch_folder())
+        return Path(tempfile.mkdtemp(prefix=name, dir=self._scratch)) if name else self._scratch
 
     def summary(self, candidate: Any) -> Summary:
         """What a candidate is made of."""
@@ -181,9 +190,9 @@ class _OnnxCandidate(Candidate):
             return self.edited.to_proto()
         return files.save(self.edited, self._source.scratch() / "candidate.onnx").path
 
-    def finish(self) -> tuple[Any, list[str]]:
+    def finish(self) -> tuple[Any, Written]:
         source = self._source
-        written = source.destination.write(self.edited) if source.destination else []
+        written = source.destination.write(self.edited) if source.destination else Written()
         if source.hand_back is not None:
             return source.hand_back(self.edited), written
         return source.destination.path if source.destination else None, written
@@ -221,8 +230,8 @@ class _TorchCandidate(Candidate):
     def model(self) -> Any:
         return self._make()
 
-    def finish(self) -> tuple[Any, list[str]]:
-        return self.model, []
+    def finish(self) -> tuple[Any, Written]:
+        return self.model, Written()
 
 
 def open_source(

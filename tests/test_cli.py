@@ -50,6 +50,23 @@ def test_optimize_in_place(folder: Path) -> None:
     assert fuser("optimize", folder / "net.onnx", folder / "net.onnx", "--quiet").stdout == ""
     assert op_types(onnx.load(folder / "net.onnx").graph) == ["Conv", "Relu"]
     assert os.listdir(folder) == ["net.onnx"]
+    again = fuser("optimize", folder / "net.onnx", folder / "net.onnx").stdout
+    assert "0 rewrites" in again and "wrote" not in again
+
+
+def test_in_place_tells_of_data_that_is_not_read_any_more(folder: Path) -> None:
+    net = folder / "net.onnx"
+    onnx.save(onnx.load(net), net, save_as_external_data=True, location="net.bin", size_threshold=0)
+    done = fuser("optimize", net, net)
+    assert "warning: net.onnx does not read net.bin any more" in done.stdout
+    assert (folder / "net.bin").exists()
+
+
+def test_bench_needs_the_original(folder: Path) -> None:
+    before = (folder / "net.onnx").read_bytes()
+    done = fuser("optimize", folder / "net.onnx", folder / "net.onnx", "--bench")
+    assert done.returncode == 2 and "OUT must be another file" in done.stderr
+    assert (folder / "net.onnx").read_bytes() == before
 
 
 def test_a_second_run_applies_nothing_says_so_and_writes_the_same_bytes(folder: Path) -> None:

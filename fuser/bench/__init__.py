@@ -10,10 +10,8 @@ How it measures is in `fuser.bench.sampling`, how it concludes in `fuser.bench.s
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from fuser.bench import environment
@@ -23,6 +21,7 @@ from fuser.bench.result import ArmResult, Benchmark
 from fuser.bench.sampling import AFTER, AGAIN, BEFORE, Plan, profile_of, take, worker_environment
 from fuser.bench.subject import Subjects, prepare
 from fuser.errors import FuserError, InputError
+from fuser.scratch import scratch_folder
 
 __all__ = ["ArmResult", "Benchmark", "Plan", "benchmark"]
 
@@ -80,10 +79,10 @@ def benchmark(
         raise InputError(f"there is no dtype {dtype!r}; give one of {', '.join(_DTYPES)}")
     threads = threads or environment.usable_cores()
     models = {BEFORE: before} if after is None else {BEFORE: before, AFTER: after}
-    with tempfile.TemporaryDirectory(prefix="fuser-bench-") as folder:
+    with scratch_folder() as folder:
         subjects = prepare(
             models,
-            Path(folder),
+            folder,
             example_inputs=example_inputs,
             example_kwargs=example_kwargs,
             batch=batch,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 
 from fuser.bench.instance import Job, OpTime, peak_memory
+from fuser.scratch import scratch_folder
 
 LEVELS = {
     "off": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
@@ -51,8 +51,8 @@ class OnnxInstance:
 
     def profile(self, runs: int) -> list[OpTime]:
         """From ONNX Runtime's profiler, over a session of its own; the first run is left out."""
-        with tempfile.TemporaryDirectory() as folder:
-            session: Any = _session(self._job, profile=str(Path(folder) / "ort"))
+        with scratch_folder() as folder:
+            session: Any = _session(self._job, profile=str(folder / "ort"))
             names = [output.name for output in session.get_outputs()]
             run = _runner(session, names, _values(session, self._job, device="cpu"))
             for _ in range(runs + 1):

@@ -39,12 +39,14 @@ class Saved:
         path: the model file; where a symbolic link was given, the file it leads to.
         data: the data file beside it, or None for a single file.
         size: the bytes of both.
-        note: what a person should know about the layout; mostly empty.
+        unchanged: whether nothing was written, as `path` holds the model already.
+        note: what a person should know about the files; mostly empty.
     """
 
     path: Path
     data: Path | None
     size: int
+    unchanged: bool = False
     note: str = ""
 
 
@@ -69,7 +71,7 @@ def save(
     model.check_unchanged()
     changed = model.changed()
     if in_place and layout == "auto" and not changed:
-        return Saved(target, None, target.stat().st_size, "nothing written: the model is as it was")
+        return Saved(target, None, target.stat().st_size, unchanged=True)
     body = model.serialized()
     content, note = _Content(model, body, layout, threshold, data.name), ""
     if content.size > LIMIT:
@@ -87,7 +89,9 @@ def save(
         _replace(target, data, content, keep=set() if in_place else model.files())
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}") from None
-    return Saved(target, data if content.data else None, sum(path.stat().st_size for path in written), note)
+    if in_place and (left := [path.name for path in model.data_files() if path.exists() and path not in written]):
+        note = f"{target.name} does not read {', '.join(left)} any more; remove it unless another model does"
+    return Saved(target, data if content.data else None, sum(path.stat().st_size for path in written), note=note)
 
 
 class _Content:

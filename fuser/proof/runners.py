@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +17,7 @@ import numpy as np
 from fuser.isolate import Crashed, Raised, TimedOut, Worker, cores
 from fuser.onnx_objects import in_memory
 from fuser.proof.outcome import Failure, Outcome, first_line
+from fuser.scratch import scratch_folder
 
 ONNX_RUNTIME = "fuser.proof.runners:run_onnx"
 """The function that runs a model in the worker process."""
@@ -255,7 +254,7 @@ def as_path(model: Any) -> Iterator[str]:
 
     opened = in_memory(model)
     assert opened is not None
-    with tempfile.TemporaryDirectory(prefix="fuser-") as folder:
-        target = Path(folder) / "model.onnx"
+    with scratch_folder() as folder:
+        target = folder / "model.onnx"
         files.save(files.ModelFile.from_proto(opened.proto), target)
         yield str(target)
