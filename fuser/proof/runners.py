@@ -218,6 +218,7 @@ def _session(path: str, optimize: bool) -> tuple[Any, bool]:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # A constant weight would be packed and go through another kernel than one that is computed: other last bits.
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_mem_pattern = False  # it would look for a place for each of them, one among all the others
         _sessions[key] = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return _sessions[key], kept
 

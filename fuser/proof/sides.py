@@ -222,8 +222,10 @@ class OnnxSide:
 
     def _overriding(self, one: InputSet, seed: int) -> Iterator[InputSet]:
         """The same inputs with other values for those that have a default: a caller may give them."""
-        tensors = {tensor.name: tensor for tensor in self.model.proto.graph.initializer}
-        changed = [tensors[name] for name in self.overridable if name in tensors]
+        if not self.overridable:
+            return
+        names = set(self.overridable)
+        changed = [tensor for tensor in self.model.proto.graph.initializer if tensor.name in names]
         if not changed or sum(math.prod(tensor.dims) for tensor in changed) > _MOST_OVERRIDDEN:
             return
         rng = np.random.default_rng(seed)
