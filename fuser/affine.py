@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -256,34 +256,35 @@ def agree(
         return True
     channels = [0, outputs // 2, outputs - 1]
     weights = _windows(old.weight, layout, channels)
-    x = _inputs(weights.shape[1])
+    x = sample_inputs(weights.shape[1])
     seen = x
     if before is not None:
         blocks = [layout.window(old.weight, channel)[1] for channel in channels]
         taps = math.prod(old.weight.shape[2:])
         scale, shift = (np.stack([np.repeat(v[block], taps) for block in blocks]) for v in (before.scale, before.shift))
         seen = x * scale + shift
+    alpha = float(old.alpha)
     sums = *_products(weights, seen), _first_row(old.bias, channels)
     new_sums = *_products(_windows(new.weight, layout, channels), x), _first_row(new.bias, channels)
     for channel, value, size, bias, new_value, new_size, new_bias in zip(channels, *sums, *new_sums, strict=True):
-        value, size = old.alpha * value + bias, abs(old.alpha) * size + abs(bias)
+        value, size = alpha * value + bias, abs(alpha) * size + abs(bias)
         if after is not None:
             factor, summand = float(after.scale[channel]), float(after.shift[channel])
             value, size = value * factor + summand, size * abs(factor) + abs(summand)
-        new_value, new_size = new_value + new_bias, new_size + abs(new_bias)
-        bound = rounding(new.weight.dtype, new_size, x.size) + 1e-12 * (size + new_size)
-        if not abs(value - new_value) <= bound:
+        found = new_value + new_bias, new_size + abs(new_bias)
+        if not are_close((value, size), found, new.weight.dtype, x.size):
             return False
     return True
 
 
-F = TypeVar("F", float, Array)
+def are_close(old: tuple[float, float], new: tuple[float, float], dtype: np.dtype[Any], count: int) -> bool:
+    """Whether two sums of products differ by no more than the rounding of `count` new constants to `dtype` explains.
 
-
-def rounding(dtype: np.dtype[Any], magnitude: F, count: int) -> F:
-    """A bound on what rounding `count` constants to `dtype` changes in a sum of products of this magnitude."""
+    old, new: (sum, sum of the magnitudes), in float64.
+    """
+    (value, size), (new_value, new_size) = old, new
     eps, tiniest = _precision(dtype)
-    return eps * magnitude + tiniest * (count + 1)
+    return abs(value - new_value) <= eps * new_size + tiniest * (count + 1) + 1e-12 * (size + new_size)
 
 
 def leaves_no_fraction(summands: Array, dtype: np.dtype[Any]) -> bool:
@@ -351,7 +352,7 @@ def _products(weights: Array, x: Array) -> tuple[list[float], list[float]]:
 
 
 @lru_cache(maxsize=8)
-def _inputs(count: int) -> Array:
+def sample_inputs(count: int) -> Array:
     """A window of inputs, none like another."""
     x: Array = np.cos(np.arange(1.0, count + 1))
     x.flags.writeable = False

@@ -126,6 +126,7 @@ def optimize(
 ) -> None:
     """Optimize IN, check that the result is equivalent, and write it to OUT."""
     from fuser import api
+    from fuser.sources import default_output
 
     _writable(report)
     if verify not in _VERIFY:
@@ -148,7 +149,7 @@ def optimize(
     if len(models) > 2:
         raise InputError("give IN and OUT, or several models and --output-dir")
     model, output = models[0], models[1] if len(models) > 1 else None
-    if bench and output is not None and output.resolve() == model.resolve():
+    if bench and not plan and os.path.realpath(output or default_output(model)) == os.path.realpath(model):
         raise InputError("--bench compares IN with OUT, so OUT must be another file")
     if json and bench:
         raise InputError("--json is the story of the rewrites; measure with `fuser bench IN OUT --json`")

@@ -162,11 +162,9 @@ def agree(parts: Sequence[Kernel], merged: Kernel, dtype: np.dtype[Any]) -> bool
     size = [max(taps) - min(taps) + 1 for taps in merged.taps]
     origin = [-min(taps) for taps in merged.taps]
     count = merged.inputs * int(np.prod(size))
-    window = np.cos(np.arange(1.0, count + 1)).reshape(merged.inputs, *size)
+    window = algebra.sample_inputs(count).reshape(merged.inputs, *size)
     for channel in {0, merged.outputs // 2, merged.outputs - 1} if merged.outputs else ():
-        old = [part(window, channel, origin) for part in parts]
-        new, magnitude = merged(window, channel, origin)
-        total = magnitude + sum(m for _, m in old)
-        if not abs(new - sum(v for v, _ in old)) <= algebra.rounding(dtype, magnitude, count) + 1e-12 * total:
+        values, sizes = zip(*(part(window, channel, origin) for part in parts), strict=True)
+        if not algebra.are_close((sum(values), sum(sizes)), merged(window, channel, origin), dtype, count):
             return False
     return True

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
+import platform
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-_PREFIX = "graph-fuser-scratch-"
+from fuser.files.atomic import locked
+
+_PREFIX = f"graph-fuser-scratch-{platform.node()}-"
+"""With the name of the host: on a network file system, the others do not see that a folder is locked."""
 
 _YOUNG = 60
 """Seconds for which a folder is left alone: it may not be locked yet."""
@@ -24,27 +27,19 @@ def scratch_folder() -> Iterator[Path]:
     It is locked, which tells it from those of processes that were killed; they are removed.
     """
     _remove_leftovers()
-    with tempfile.TemporaryDirectory(prefix=_PREFIX) as name, _opened(name) as folder:
-        with contextlib.suppress(OSError):  # some network file systems have no locks, so nothing is removed there
-            fcntl.flock(folder, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory(prefix=_PREFIX))
+        with contextlib.suppress(OSError):  # where there are no locks, nothing is removed
+            stack.enter_context(locked(name, wait=True))
         yield Path(name)
 
 
 def _remove_leftovers() -> None:
-    with os.scandir(tempfile.gettempdir()) as entries:
-        names = [entry.path for entry in entries if entry.name.startswith(_PREFIX)]
+    names: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(tempfile.gettempdir()) as entries:
+        names += [entry.path for entry in entries if entry.name.startswith(_PREFIX)]
     for name in names:
-        with contextlib.suppress(OSError), _opened(name) as folder:
+        with contextlib.suppress(OSError), locked(name) as folder:
             status = os.fstat(folder)
             if status.st_uid == os.getuid() and time.time() - status.st_mtime > _YOUNG:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(name)
-
-
-@contextlib.contextmanager
-def _opened(folder: str) -> Iterator[int]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)

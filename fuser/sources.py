@@ -125,7 +125,6 @@ class OnnxSource(Source):
         super().__init__(name, original)
         self.hand_back, self.destination = hand_back, destination
         self._read, self._freeze_inputs = read, freeze_inputs
-        self._scratch: Path | None = None
         self._stack = contextlib.ExitStack()
 
     def __exit__(self, *_: object) -> None:
@@ -141,9 +140,12 @@ class OnnxSource(Source):
     def candidate(self, graph: Any) -> Candidate:
         return _OnnxCandidate(self, graph)
 
+    @cached_property
+    def _scratch(self) -> Path:
+        return self._stack.enter_context(scratch_folder())
+
     def scratch(self, name: str = "") -> Path:
         """A folder for candidates; it goes with the source.  name: of a new folder in it."""
-        self._scratch = self._scratch or self._stack.enter_context(scratch_folder())
         return Path(tempfile.mkdtemp(prefix=name, dir=self._scratch)) if name else self._scratch
 
     def summary(self, candidate: Any) -> Summary:

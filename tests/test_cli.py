@@ -66,7 +66,11 @@ def test_bench_needs_the_original(folder: Path) -> None:
     before = (folder / "net.onnx").read_bytes()
     done = fuser("optimize", folder / "net.onnx", folder / "net.onnx", "--bench")
     assert done.returncode == 2 and "OUT must be another file" in done.stderr
+    (folder / "net.fused.onnx").symlink_to(folder / "net.onnx")  # where the result goes by default
+    done = fuser("optimize", folder / "net.onnx", "--bench")
+    assert done.returncode == 2 and "OUT must be another file" in done.stderr
     assert (folder / "net.onnx").read_bytes() == before
+    assert fuser("optimize", folder / "net.onnx", "--bench", "--plan").returncode == 0
 
 
 def test_a_second_run_applies_nothing_says_so_and_writes_the_same_bytes(folder: Path) -> None:

@@ -461,7 +461,7 @@ def test_nodes_that_lack_something(nodes: list[onnx.NodeProto]) -> None:
 
 
 @pytest.mark.parametrize("name", [b"QQop", b"QQin", b"QQout", b"QQname", b"QQdomain"])
-@pytest.mark.parametrize("where", ["main", "body", "function"])
+@pytest.mark.parametrize("where", ["main", "body", "bodies", "function"])
 def test_a_name_that_is_no_text(where: str, name: bytes) -> None:
     odd = helper.make_node("QQop", ["x", "QQin"], ["QQout"], name="QQname", domain="QQdomain")
     info = [helper.make_tensor_value_info(one, DOUBLE, [2, 3]) for one in ("x", "y")]
@@ -469,6 +469,9 @@ def test_a_name_that_is_no_text(where: str, name: bytes) -> None:
     if where == "body":
         branch = helper.make_graph([odd], "b", [], [helper.make_tensor_value_info("QQout", DOUBLE, [2, 3])])
         nodes = [node("If", ["k"], ["y"], then_branch=branch, else_branch=branch)]
+    elif where == "bodies":
+        custom = node("Custom", ["x"], ["z"], domain="my", graphs=[helper.make_graph([odd], "b", [], [])])
+        nodes = [custom, node("Relu", ["x"], ["y"])]
     elif where == "function":
         functions = [helper.make_function("my", "F", ["x"], ["QQout"], [odd], [helper.make_opsetid("", 17)])]
         nodes = [node("Relu", ["x"], ["y"])]
@@ -480,7 +483,16 @@ def test_a_name_that_is_no_text(where: str, name: bytes) -> None:
     spoilt = onnx.ModelProto.FromString(proto.SerializeToString().replace(name, b"\xff\xfe" + name[2:]))
     with pytest.raises(InputError, match="UTF-8") as error:
         fuser.optimize(spoilt, verify=False)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and name.decode()[2:] in str(error.value)
+
+
+def test_a_sparse_initializer_whose_name_is_no_text() -> None:
+    proto = model([node("Relu", ["x"], ["y"])], [2, 3], [2, 3], {})
+    values, indices = numpy_helper.from_array(np.ones(1), "QQname"), numpy_helper.from_array(np.zeros(1, np.int64))
+    proto.graph.sparse_initializer.append(helper.make_sparse_tensor(values, indices, [8]))
+    spoilt = onnx.ModelProto.FromString(proto.SerializeToString().replace(b"QQname", b"\xff\xfename"))
+    with pytest.raises(InputError, match="UTF-8"):
+        fuser.optimize(spoilt, verify=False)
 
 
 def test_a_sum_of_more_branches_than_there_are_rounds() -> None:

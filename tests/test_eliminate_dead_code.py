@@ -46,3 +46,11 @@ def test_initializers_that_nobody_reads_go_and_inputs_stay() -> None:
     assert [tensor.name for tensor in result.graph.initializer] == ["k", "replaceable", "noted"]
     assert [value.name for value in result.graph.input] == ["x", "replaceable", "unused"]
     assert rewritten(result, ELIMINATE)[0].applied == []
+
+
+def test_a_sparse_initializer_is_left_alone() -> None:
+    proto = model([node("Relu", ["x"])])
+    values = onnx.numpy_helper.from_array(np.ones(1, np.float32), "unread")
+    indices = onnx.numpy_helper.from_array(np.zeros(1, np.int64))
+    proto.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, indices, [8]))
+    assert refused(proto, ELIMINATE) == {}

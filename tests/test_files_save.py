@@ -293,13 +293,38 @@ def test_in_place_leaves_a_data_file_of_another_name(tmp_path):
     model = load(path)
     model.proto.doc_string = "changed"
     saved = save(model, path)
-    assert saved.note == "m.onnx does not read weights.bin any more; remove it unless another model does"
+    assert saved.note == "m.onnx does not read weights.bin any more; remove what no other model reads"
     assert path.with_name("weights.bin").read_bytes() == before
     assert names(path.parent) == {"m.onnx", "m.onnx.data", "weights.bin"}
     assert arrays(path)["w"][399] == 399
     model = load(path)
     model.proto.doc_string = "changed again"
     assert not save(model, path).note
+
+
+def test_what_is_said_of_data_that_is_not_read_any_more(tmp_path):
+    path = external(tmp_path)
+    (path.parent / "more").mkdir()
+    (path.parent / "more" / "w.bin").write_bytes(path.with_name("weights.bin").read_bytes())
+    places = [("a", "weights.bin"), ("b", "./weights.bin"), ("c", "more/w.bin")]
+    proto = onnx.load(path, load_external_data=False)
+    for name, location in places:
+        tensor = proto.graph.initializer.add()
+        tensor.CopyFrom(proto.graph.initializer[0])
+        tensor.name, tensor.external_data[0].value = name, location
+    path.write_bytes(proto.SerializeToString())
+    assert not save(load(path), path.with_name("other.onnx"), layout="single").note  # the source still reads them
+    assert "does not read more/w.bin, weights.bin any more" in save(load(path), path, layout="single").note
+
+    proto.graph.sparse_initializer.add().values.CopyFrom(proto.graph.initializer[0])  # stays where it is
+    path.write_bytes(proto.SerializeToString())
+    assert not save(load(path), path, layout="single").note
+
+
+def test_nothing_is_said_of_data_that_is_gone(tmp_path):
+    save(filled(1), tmp_path / "m.onnx", layout="external")
+    assert not save(load(tmp_path / "m.onnx"), tmp_path / "m.onnx", layout="single").note
+    assert names(tmp_path) == {"m.onnx"}
 
 
 def test_never_over_the_data_of_the_source(tmp_path):

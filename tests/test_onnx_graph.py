@@ -488,8 +488,16 @@ def test_a_cycle_is_one_clear_line() -> None:
 
 
 def test_a_value_produced_twice_is_one_clear_line() -> None:
-    with pytest.raises(InputError, match="two nodes produce the value 'y'"):
+    with pytest.raises(InputError, match="the value 'y' is made twice"):
         graph_of(model([node("Relu", ["x"]), node("Neg", ["x"])]))
+
+
+@pytest.mark.parametrize("name", ["x", "k"], ids=["input", "initializer"])
+def test_a_node_that_makes_what_is_given_is_one_clear_line(name: str) -> None:
+    proto = model([node("Neg", ["x"], ["y"])], constants={"k": np.ones(4, np.float32)})
+    proto.graph.node.append(node("Relu", ["y"], [name]))
+    with pytest.raises(InputError, match=f"the value '{name}' is made twice"):
+        graph_of(proto)
 
 
 def test_nodes_out_of_order_are_read_in_order_and_written_where_they_were() -> None:

@@ -75,6 +75,30 @@ def test_a_folder_that_may_not_be_locked_yet_stays(tmpdir: Path) -> None:
         assert not fresh.exists()
 
 
+def test_folders_of_other_hosts_and_users_stay(tmpdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tmpdir / "graph-fuser-scratch-another-host-1"
+    theirs.mkdir()
+    age(theirs)
+    with scratch_folder():
+        assert theirs.exists()
+    mine = tmpdir / f"{_PREFIX}old"
+    mine.mkdir()
+    age(mine)
+    monkeypatch.setattr("os.getuid", lambda: os.geteuid() + 1)
+    with scratch_folder():
+        assert mine.exists()
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("fuser.scratch.os.scandir", refuse)
+    with scratch_folder() as folder:
+        assert folder.is_dir()
+        monkeypatch.undo()
+
+
 def test_nothing_else_is_removed(tmpdir: Path) -> None:
     others = [tmpdir / "fuser-data", tmpdir / f"{_PREFIX}a-file", tmpdir / f"{_PREFIX}a-link"]
     others[0].mkdir()

@@ -15,6 +15,7 @@ import fcntl
 import os
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -25,6 +26,20 @@ from fuser.files.sources import Blob
 _CHUNK = 1 << 20
 # What copy_file_range says where it cannot do it: other file systems, old kernels.
 _CANNOT = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str], *, wait: bool = False) -> Iterator[int]:
+    """A file or folder, no link, open and locked; raises `OSError` where another process has locked it.
+
+    wait: until it is free.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 class Replacement:
@@ -137,13 +152,8 @@ class Replacement:
             names = [entry.name for entry in entries]
         for name in names:
             if name.startswith(f".{self.path.name[:50]}.") and name.endswith(".fuser"):
-                with contextlib.suppress(OSError):
-                    fd = os.open(self.path.with_name(name), os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-                    try:
-                        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        os.unlink(self.path.with_name(name))
-                    finally:
-                        os.close(fd)
+                with contextlib.suppress(OSError), locked(self.path.with_name(name)):
+                    os.unlink(self.path.with_name(name))
 
     def _link(self, name: Path) -> bool:
         """Give the nameless file a name; False when it is taken."""

@@ -52,8 +52,8 @@ def load(path: str | os.PathLike[str]) -> ModelFile:
     try:
         data, typed = skeleton.slim(file, file.size, location)
         proto = onnx.ModelProto.FromString(data)
-        if not _is_text(proto):
-            raise wire.Malformed("a name in it is not UTF-8 text")
+        if name := _not_text(proto):
+            raise wire.Malformed(f"the name {name} is not UTF-8 text")
         if location != _MODEL and _RESERVED.encode() in data:
             _check_locations(tensors_of(proto))
     except (wire.Malformed, DecodeError) as error:
@@ -112,8 +112,8 @@ class ModelFile:
         Its external data, if it has any, is looked for in `base_dir`.  Raises `InputError` for a tensor that does
         not fill its shape, and for text that is not UTF-8.
         """
-        if not _is_text(proto):
-            raise InputError("a name in the model is not UTF-8 text")
+        if name := _not_text(proto):
+            raise InputError(f"not a valid ONNX model: the name {name} is not UTF-8 text")
         _check_locations(proto.graph.initializer)
         slim = onnx.ModelProto()
         sources: dict[str, Source] = {}
@@ -328,13 +328,18 @@ def _number(tensor: onnx.TensorProto, key: str, text: str) -> int:
     return int(text)
 
 
-def _is_text(proto: onnx.ModelProto) -> bool:
-    """Whether every name is: what is not UTF-8 protobuf hands out as bytes, or not at all."""
+def _not_text(proto: onnx.ModelProto) -> str:
+    """A name that is not UTF-8, which protobuf hands out as bytes, or not at all; empty where there is none."""
+    names: list[str | bytes] = []
     try:
-        "".join([name for graph in (proto.graph, *proto.functions) for name in _names(graph)])
-    except (TypeError, UnicodeDecodeError):
-        return False
-    return True
+        for graph in (proto.graph, *proto.functions):
+            names += _names(graph)
+        "".join(names)  # type: ignore[arg-type]  # it fails for bytes
+    except UnicodeDecodeError as error:
+        return shown(error.object)
+    except TypeError:
+        return next(shown(name) for name in names if isinstance(name, bytes))
+    return ""
 
 
 def _names(graph: onnx.GraphProto | onnx.FunctionProto) -> list[str]:

@@ -89,8 +89,8 @@ def save(
         _replace(target, data, content, keep=set() if in_place else model.files())
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror}") from None
-    if in_place and (left := [path.name for path in model.data_files() if path.exists() and path not in written]):
-        note = f"{target.name} does not read {', '.join(left)} any more; remove it unless another model does"
+    if in_place:
+        note = note or _unread(model, target, written)
     return Saved(target, data if content.data else None, sum(path.stat().st_size for path in written), note=note)
 
 
@@ -207,6 +207,15 @@ def _spare_the_source(model: ModelFile, written: list[Path]) -> None:
     for path in written:
         if _inode(path) in source:
             raise InputError(f"cannot write {path}: the model reads its weights from it; choose another output name")
+
+
+def _unread(model: ModelFile, target: Path, written: list[Path]) -> str:
+    """What to say of data files that a model that was written in place does not read any more."""
+    if model.proto.graph.sparse_initializer or model.proto.training_info:  # whose data stays where it is
+        return ""
+    left = [path for path in model.data_files() if path.exists() and path not in written]
+    names = ", ".join(sorted({os.path.relpath(path, target.parent) for path in left}))
+    return f"{target.name} does not read {names} any more; remove what no other model reads" if names else ""
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

@@ -18,6 +18,9 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.util.misc import convert_from_onnx_attr_type
 
+DEFAULT_DOMAIN = ("", "ai.onnx")
+"""The names under which the domain of the standard operators goes."""
+
 OLDEST_OPSET = 7
 """Before opset 7 broadcasting and BatchNormalization meant something else."""
 
@@ -88,6 +91,7 @@ class Scope:
 class Node(gs.Node):  # type: ignore[misc]
     """A node, and where it is.
 
+    domain: None for the default one, however it is written.
     proto: the node in the carrier; None for a new one.
     touched: whether that is out of date, and `new_attributes` what of it is new.
     erased: whether the node is gone.
@@ -176,13 +180,16 @@ class _InCarrier(LazyValues):  # type: ignore[misc]
         self.tensor = tensor
 
 
+AttributeRef = gs.Node.AttributeRef
+"""The value of an attribute that the caller of a function decides."""
+
 ABSENT = Variable("")
 """Stands for an optional operand or result that is left out."""
 
 
 def import_node(proto: NodeProto, scope: Scope) -> Node:
     """The node of a scope, without its links and bodies."""
-    domain = proto.domain if proto.HasField("domain") else None
+    domain = None if proto.domain in DEFAULT_DOMAIN else proto.domain
     attributes = {a.name: _value(a) for a in proto.attribute if a.type in _READ or a.ref_attr_name}
     node = Node(proto.op_type, proto.name, attributes, domain, proto)
     node.scope = scope
@@ -232,7 +239,7 @@ def names_read(graph: GraphProto | FunctionProto) -> set[str]:
 
 def _value(attribute: AttributeProto) -> Any:
     if attribute.ref_attr_name:
-        return gs.Node.AttributeRef(attribute.ref_attr_name, convert_from_onnx_attr_type(attribute.type))
+        return AttributeRef(attribute.ref_attr_name, convert_from_onnx_attr_type(attribute.type))
     return _READ[attribute.type](attribute)
 
 

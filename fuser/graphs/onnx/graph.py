@@ -665,7 +665,7 @@ class OnnxGraph:
         """Where both names are in a signature, a node must stay between them."""
         self.wiring.truncate_inputs(node, 1)
         self.wiring.set_input(node, 0, by)
-        node.op, node.domain = "Identity", None
+        node.op = "Identity"
         node.attrs.clear()
 
     def _set_operand(self, node: Node, position: int, field: str, array: Array | Scaled) -> None:

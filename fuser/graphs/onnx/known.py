@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
@@ -464,6 +464,7 @@ def _trained(model: ModelProto) -> set[str]:
     return names
 
 
+@lru_cache(maxsize=1 << 12)
 def _is_proven(shape: Shape | None) -> bool:
     """Whether every size is a number, or has a name that is not one of those that inference invents."""
     return shape is not None and not any(map(is_invented, shape))

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
 import numpy as np
-import onnx_graphsurgeon as gs
 from onnx import TensorProto
 
 from fuser import ops
 from fuser.graph import Array, Dim
-from fuser.graphs.onnx.editor import ABSENT, Node, Tensor
+from fuser.graphs.onnx.editor import ABSENT, AttributeRef, Node, Tensor
 from fuser.graphs.onnx.values import numpy_dtype
 from fuser.graphs.onnx.wiring import operator
 from fuser.remarks import Missed
@@ -82,7 +81,7 @@ class NodeReader:
 
     def attribute(self, name: str, default: Any = None) -> Any:
         value = self.node.attrs.get(name, default)
-        if isinstance(value, gs.Node.AttributeRef):  # decided by each caller of the function
+        if isinstance(value, AttributeRef):
             raise Unreadable
         return value
 

@@ -140,6 +140,7 @@ def _predicted_shape(node: NodeProto, inputs: Sequence[Array | None]) -> Shape |
     return None
 
 
+@lru_cache(maxsize=1 << 12)
 def elements(shape: Shape) -> int | None:
     """How many elements; None when a dimension is not known."""
     if not all(isinstance(dim, int) for dim in shape):

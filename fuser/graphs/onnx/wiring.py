@@ -12,12 +12,13 @@ from heapq import merge
 from typing import Any
 
 import onnx
-import onnx_graphsurgeon as gs
 from onnx import AttributeProto, GraphProto
 
 from fuser.errors import InputError
 from fuser.graphs.onnx.editor import (
     ABSENT,
+    DEFAULT_DOMAIN,
+    AttributeRef,
     Constant,
     Node,
     Scope,
@@ -213,6 +214,7 @@ class Wiring:
         for name in _names(scope.proto.input):
             if name not in scope.names:  # before IR 4, and where a caller may replace it, it is an initializer, too
                 self._define(scope, Variable(name))
+        given = set(scope.names)
         for proto, node in zip(scope.proto.node, scope.nodes, strict=True):
             for name in proto.output[:]:
                 output = scope.names.get(name) if name else ABSENT
@@ -221,8 +223,8 @@ class Wiring:
                 node.outputs.append(output)
                 if output is ABSENT:
                     continue
-                if output.producer is not None:
-                    raise InputError(f"not a valid ONNX model: two nodes produce the value {name!r}")
+                if output.producer is not None or name in given:
+                    raise InputError(f"not a valid ONNX model: the value {name!r} is made twice")
                 output.producer = node
 
     def _define(self, scope: Scope, tensor: Tensor) -> None:
@@ -300,7 +302,7 @@ class Wiring:
 
 def is_standard(node: Node) -> bool:
     """Whether the node is of the default domain; what a custom operator does is its own affair."""
-    return node.domain in (None, "", "ai.onnx")
+    return node.domain is None
 
 
 def operator(node: Node | None) -> str:
@@ -310,11 +312,11 @@ def operator(node: Node | None) -> str:
 
 def has_references(node: Node) -> bool:
     """Whether an attribute is decided by the caller of the function that the node is in."""
-    return any(isinstance(value, gs.Node.AttributeRef) for value in node.attrs.values())
+    return any(isinstance(value, AttributeRef) for value in node.attrs.values())
 
 
 def _opset(imports: Sequence[onnx.OperatorSetIdProto]) -> int:
-    return next((entry.version for entry in imports if entry.domain in ("", "ai.onnx")), 0)
+    return next((entry.version for entry in imports if entry.domain in DEFAULT_DOMAIN), 0)
 
 
 def _names(values: Iterable[onnx.ValueInfoProto | str]) -> Iterator[str]:
