@@ -92,8 +92,7 @@ def optimize(
         VerificationError: the result is not equivalent, and no rewrite could be left out to mend that.
         PassError: the passes undo each other's work for ever.
     """
-    _one_of("on_failure", on_failure, ("rollback", "abort"))
-    _one_of("layout", layout, ("auto", "single", "external"))
+    _check_words(on_failure, layout)
     verify = _as_verify(verify)
     job = _job(
         model,
@@ -121,6 +120,25 @@ def optimize(
             job.prove(check, abort=on_failure == "abort", whole=verify == "whole")
         job.follow(steps, check if verify else None, whole=verify == "whole")
         return Result(job.finish(), job.report)
+
+
+def check_options(
+    *,
+    passes: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    then: Iterable[str] = (),
+    shared_weights: str = "copy",
+    max_growth: int | None = None,
+    verify: bool | str = True,
+    on_failure: str = "rollback",
+    layout: str = "auto",
+    **others: Any,
+) -> None:
+    """Raise `InputError` for options of `optimize` that are wrong whatever the model is; `others` depend on it."""
+    _check_words(on_failure, layout)
+    _as_verify(verify)
+    _select(registry.load(), passes, skip, shared_weights, max_growth)
+    foreign.select(then)
 
 
 class Asked(TypedDict, total=False):
@@ -262,6 +280,11 @@ def _as_verify(verify: bool | str) -> bool | str:
     if asked not in (True, False, "whole"):
         raise InputError(f"verify is True, False or 'whole'; not {verify!r}")
     return asked
+
+
+def _check_words(on_failure: str, layout: str) -> None:
+    _one_of("on_failure", on_failure, ("rollback", "abort"))
+    _one_of("layout", layout, ("auto", "single", "external"))
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -128,7 +128,7 @@ def optimize(
     from fuser import api
     from fuser.sources import default_output
 
-    _writable(report)
+    _writable(report, *models, *(map(default_output, models)))
     if verify not in _VERIFY:
         raise InputError(f"--verify takes auto, whole or none, not {verify!r}")
     asked = _asked(passes, skip, freeze_inputs, shared_weights, max_growth)
@@ -146,6 +146,8 @@ def optimize(
             raise InputError("--plan, --bench, --json and --report are for one model, not for --output-dir")
         _optimize_many(models, output_dir, jobs, json_lines, quiet, {**asked, **checking})
         return
+    if jobs is not None or json_lines:
+        raise InputError("--jobs and --json-lines are for --output-dir")
     if len(models) > 2:
         raise InputError("give IN and OUT, or several models and --output-dir")
     model, output = models[0], models[1] if len(models) > 1 else None
@@ -159,7 +161,7 @@ def optimize(
         else:
             story = api.optimize(model, output, progress=progress, **asked, **checking).report
     if report is not None:
-        report.write_text(story.to_json())
+        _write(report, story.to_json())
     if json:
         print(story.to_json())
     elif not quiet:
@@ -202,6 +204,10 @@ def _optimize_many(
                 str(one.path), *counts, Text(f"failed: {one.error}" if one.result is None else str(one.result.model))
             )
         out.print(table)
+    if quiet and not json_lines:
+        for one in outcomes:
+            if not one.ok:
+                _tell_error(one.error if one.path in one.error else f"{one.path}: {one.error}")
     if not all(one.ok for one in outcomes):
         raise typer.Exit(1)
 
@@ -324,8 +330,8 @@ def bench(
 
     from fuser.bench import benchmark
 
-    _writable(report)
-    _writable(plot)
+    for path in (report, plot):
+        _writable(path, before, *([] if after is None else [after]))
     if plot is not None:
         from fuser.bench.plot import check
 
@@ -350,7 +356,7 @@ def bench(
     if report is not None or json:
         story = encoder.dumps(result.to_dict(), indent=2, default=str)
     if report is not None:
-        report.write_text(story)
+        _write(report, story)
     if json:
         print(story)
     else:
@@ -423,8 +429,12 @@ def _with_values(args: list[str]) -> list[str]:
 
 
 def _fail(message: str, code: int) -> None:
-    err.print(f"error: {' '.join(message.split())}", style="red", markup=False, highlight=False, soft_wrap=True)
+    _tell_error(message)
     sys.exit(code)
+
+
+def _tell_error(message: str) -> None:
+    err.print(f"error: {' '.join(message.split())}", style="red", markup=False, highlight=False, soft_wrap=True)
 
 
 def _names(text: str | None) -> list[str] | None:
@@ -461,10 +471,21 @@ def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]] | None:
     return shapes or None
 
 
-def _writable(path: Path | None) -> None:
-    """Complain before the work, not after it."""
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+def _writable(path: Path | None, *models: Path) -> None:
+    """Complain before the work, not after it, of a file that cannot be written, or is a model or its data."""
+    if path is None:
+        return
+    if os.path.realpath(path) in {os.path.realpath(f"{model}{end}") for model in models for end in ("", ".data")}:
+        raise InputError(f"cannot write {path}: it is the place of a model; choose another name")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
         raise InputError(f"cannot write {path}")
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _mute(stage: str) -> None:

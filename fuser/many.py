@@ -81,6 +81,7 @@ def optimize_many(
     if jobs is not None and jobs < 1:
         raise InputError(f"jobs is 1 or more, not {jobs}")
     inspect.signature(api.optimize).bind(None, None, **options)  # an unknown option is no failure of a file
+    api.check_options(**options)
     if isinstance(paths, (str, os.PathLike)):
         raise InputError("paths is a list of files")
     sources = [os.fspath(path) for path in paths]

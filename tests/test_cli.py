@@ -165,6 +165,16 @@ def test_many_models_one_of_them_broken(folder: Path) -> None:
     assert "failed: " in done.stdout
     lines = fuser("optimize", *models, "--output-dir", folder / "out", "--json-lines").stdout.splitlines()
     assert sorted(not json.loads(line)["error"] for line in lines) == [False, True, True]
+    quiet = fuser("optimize", *models, "--output-dir", folder / "out", "--quiet")
+    assert quiet.returncode == 1 and not quiet.stdout
+    (line,) = quiet.stderr.splitlines()
+    assert line.startswith("error: ") and line.count("bad.onnx") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+def test_a_report_that_cannot_be_written_to_the_end(folder: Path) -> None:
+    done = fuser("optimize", folder / "net.onnx", "--report", "/dev/full")
+    assert done.returncode == 2 and "cannot write /dev/full: No space left" in done.stderr
 
 
 def test_bench_measures_what_was_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,6 +304,14 @@ def test_bad_input(command: str, case: str, folder: Path) -> None:
         (["--verify", "maybe"], "--verify takes auto, whole or none"),
         (["--shared-weights", "maybe"], "shared_weights is one of copy, refuse"),
         (["--report", "no/such/folder/r.json"], "cannot write"),
+        (["--report", "net.onnx"], "cannot write net.onnx: it is the place of a model"),
+        (["--report", "./net.fused.onnx"], "it is the place of a model"),
+        (["out.onnx", "--report", "out.onnx.data"], "it is the place of a model"),
+        (["--jobs", "2"], "--jobs and --json-lines are for --output-dir"),
+        (["--json-lines"], "--jobs and --json-lines are for --output-dir"),
+        (["--output-dir", "out", "--passes", "nothing"], "there is no pass 'nothing'"),
+        (["--output-dir", "out", "--then", "nothing"], "there is no step 'nothing'"),
+        (["--output-dir", "out", "--on-failure", "ignore"], "on_failure is one of rollback, abort"),
     ],
 )
 def test_bad_usage(arguments: list[str], says: str, folder: Path) -> None:

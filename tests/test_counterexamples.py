@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -493,6 +494,43 @@ def test_a_sparse_initializer_whose_name_is_no_text() -> None:
     spoilt = onnx.ModelProto.FromString(proto.SerializeToString().replace(b"QQname", b"\xff\xfename"))
     with pytest.raises(InputError, match="UTF-8"):
         fuser.optimize(spoilt, verify=False)
+
+
+def test_reshapes_in_a_row() -> None:
+    """More than what can be looked through, and than calls may nest; of a batch that only has a name."""
+    count = 1200
+    nodes = [node("Reshape", [f"v{i}", f"s{i % 2}"], [f"v{i + 1}"]) for i in range(count)]
+    info = [helper.make_tensor_value_info(name, DOUBLE, ["N", 4]) for name in ("v0", f"v{count}")]
+    tensors = [numpy_helper.from_array(np.array(s), f"s{i}") for i, s in enumerate(([-1, 2, 2], [-1, 4]))]
+    graph = helper.make_graph(nodes, "g", info[:1], info[1:], tensors)
+    proto = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    assert len(fuser.optimize(proto, verify=False).model.graph.node) <= 1
+
+
+def test_an_input_of_which_not_even_the_rank_is_declared() -> None:
+    """Sizes are tried for it, and four equal ones of 224 would take ten gigabytes."""
+    proto = model([node("Identity", ["x"], ["a"]), node("Transpose", ["a"], ["y"], perm=[1, 0])], [2, 3], [3, 2], {})
+    proto.graph.input[0].type.tensor_type.ClearField("shape")
+    started = time.monotonic()
+    assert fuser.optimize(proto).report.verification.passed
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("fault", ["type", "functions"])
+def test_what_cannot_be_run_is_one_line(fault: str) -> None:
+    proto = model([node("Identity", ["x"], ["a"]), node("Relu", ["a"], ["y"])], [2, 3], [2, 3], {})
+    if fault == "type":
+        proto.graph.input[0].type.tensor_type.elem_type = 82
+    else:  # deeper than may be inlined
+        proto.opset_import.append(helper.make_opsetid("my", 1))
+        for i in reversed(range(150)):
+            inner = node(f"F{i + 1}", ["x"], ["z"], domain="my") if i < 149 else node("Relu", ["x"], ["z"])
+            opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
+            proto.functions.append(helper.make_function("my", f"F{i}", ["x"], ["z"], [inner], opsets))
+        proto.graph.node[1].CopyFrom(node("F0", ["a"], ["y"], domain="my"))
+    with pytest.raises(InputError) as error:
+        fuser.optimize(proto)
+    assert "\n" not in str(error.value)
 
 
 def test_a_sum_of_more_branches_than_there_are_rounds() -> None:

@@ -192,6 +192,10 @@ def test_what_is_wrong_with_the_arguments_is_said_before_anything_is_done(files:
         optimize_many(files, tmp_path, jobs=0)
     with pytest.raises(InputError, match="a list of files"):
         optimize_many(str(files[0]), tmp_path)
+    for option in ({"layout": "both"}, {"verify": "perhaps"}, {"shared_weights": "keep"}, {"passes": ["nothing"]}):
+        with pytest.raises(InputError, match=r"both|perhaps|keep|nothing"):
+            optimize_many(files, tmp_path / "out", **option)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(TypeError, match="speed"):
         optimize_many(files, tmp_path, speed=11)
     with pytest.raises(InputError, match="cannot make the folder"):

@@ -145,11 +145,19 @@ def test_dimensions_that_only_the_readers_know() -> None:
 def test_sizes_are_equal_unequal_and_of_several_batches() -> None:
     made = specs("g (float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Relu (x) }")
     assert symbols_of(made) == ["N", "H", "W"]
-    base = next(inputs.base_sizes(made))
+    base = inputs.base_sizes(made)[0]
     assert base["N"] == 1 and base["H"] == base["W"]
     others = list(more_sizes(made, base))
     assert {sizes["N"] for sizes in others} >= {2, 3} and any(sizes["H"] != sizes["W"] for sizes in others)
     assert any(sizes["H"] % 2 for sizes in others)
+
+
+def test_sizes_that_take_much_memory_are_not_tried() -> None:
+    (spec,) = inputs.with_rank([inputs.Spec("x", np.dtype(np.float32), None)], 5)
+    tried = inputs.base_sizes([spec])
+    assert tried and all(np.prod([sizes[dim] for dim in spec.dims]) <= inputs.LARGE for sizes in tried)
+    spec.dims = ["N", inputs.LARGE]  # as it is declared
+    assert inputs.base_sizes([spec]) == [{"N": 1}]
 
 
 def test_expressions_of_symbols() -> None:

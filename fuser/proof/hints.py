@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -56,7 +57,8 @@ class _Reader:
         if proto.functions:
             import onnx.inliner
 
-            proto = onnx.inliner.inline_local_functions(proto)
+            with contextlib.suppress(Exception):  # the C++ side raises its own types; a hint is no more than that
+                proto = onnx.inliner.inline_local_functions(proto)
         self._model = model
         self._uses: dict[str, list[tuple[onnx.NodeProto, int]]] = defaultdict(list)
         self._constants: dict[str, onnx.TensorProto] = {}

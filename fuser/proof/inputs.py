@@ -7,6 +7,7 @@ by running the original: what it rejects is never held against the other model.
 from __future__ import annotations
 
 import ast
+import math
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,9 @@ KINDS = ("normal", "large", "zeros", "negative", "small", "unit")
 
 SIZES = (32, 64, 128, 224, 256, 512, 8, 16, 4, 2, 1, 12, 24, 48, 96, 384, 640, 768, 1024, 4096)
 """Sizes that are tried, in this order, for dimensions that the model leaves open."""
+
+LARGE = 1 << 22
+"""Elements of the inputs together that are not passed to find out which sizes the model accepts."""
 
 _WORDS = ["a", "b", "hello", "world", ""]
 _HOW = "give data with --inputs FILE (.npz, .npy or a test_data_set folder), in Python inputs={{{name!r}: array}}"
@@ -86,8 +90,17 @@ def symbols_of(specs: Sequence[Spec]) -> list[str]:
     return list(found)
 
 
-def base_sizes(specs: Sequence[Spec]) -> Iterator[dict[str, int]]:
-    """Sizes to try for the open symbols, the likeliest first: batches of one, everything else alike."""
+def base_sizes(specs: Sequence[Spec]) -> list[dict[str, int]]:
+    """Sizes to try for the open symbols, the likeliest first: batches of one, everything else alike.
+
+    What would take more than LARGE elements is left out, where others take fewer.
+    """
+    different = {tuple(sizes.values()): sizes for sizes in _base_sizes(specs)}.values()
+    counts = [sum(_elements(spec, sizes) for spec in specs) for sizes in different]
+    return [sizes for sizes, count in zip(different, counts, strict=True) if count <= max(LARGE, min(counts))]
+
+
+def _base_sizes(specs: Sequence[Spec]) -> Iterator[dict[str, int]]:
     symbols = symbols_of(specs)
     batch = _batch_symbols(specs)
     if not symbols:
@@ -179,7 +192,12 @@ def _spec(value: onnx.ValueInfoProto, hint: Hint) -> Spec:
         what = (kind.WhichOneof("value") or "value without a type").replace("_", " ")
         raise InputError(f"input {value.name!r} is a {what}, which cannot be generated; {_HOW.format(name=value.name)}")
     tensor = kind.tensor_type
-    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except KeyError:
+        raise InputError(
+            f"input {value.name!r} has an element type that ONNX does not know: {tensor.elem_type}"
+        ) from None
     dims: list[int | str] | None = None
     if tensor.HasField("shape"):
         dims = _pinned(value.name, [_dim(dim) for dim in tensor.shape.dim], hint)
@@ -268,6 +286,10 @@ def _evaluate(tree: ast.AST, sizes: Sizes) -> int:
     if isinstance(tree, ast.Name):
         return sizes[tree.id]
     return int(tree.value) if isinstance(tree, ast.Constant) else 1  # type: ignore[arg-type]
+
+
+def _elements(spec: Spec, sizes: Sizes) -> int:
+    return math.prod(_size(dim, sizes) for dim in spec.dims or [])
 
 
 # -- values

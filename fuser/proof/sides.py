@@ -15,6 +15,7 @@ import onnx
 
 from fuser import files
 from fuser.errors import InputError
+from fuser.files.tensors import FORMATS
 from fuser.isolate import Worker
 from fuser.onnx_objects import is_in_memory
 from fuser.proof import data, inputs
@@ -120,9 +121,9 @@ class OnnxSide:
         self.size = sum(math.prod(tensor.dims) for tensor in graph.initializer)
         self.runner: Runner = OnnxRunner(path, [*self.input_names, *self.default_names], worker, timeout)
         self._dtypes = {
-            value.name: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+            value.name: FORMATS[value.type.tensor_type.elem_type].dtype
             for value in graph.output
-            if value.type.tensor_type.elem_type
+            if value.type.tensor_type.elem_type in FORMATS
         }
         self._removed, self._shapes = removed, input_shapes
         self._worker, self._timeout = worker, timeout
@@ -206,7 +207,7 @@ class OnnxSide:
         ranks = (4, 2, 3, 1, 5) if inputs.unknown_rank(self.specs) else (0,)
         for rank in ranks:
             specs = inputs.with_rank(self.specs, rank)
-            sizes: list[Sizes] = list(inputs.base_sizes(specs))
+            sizes: list[Sizes] = [*inputs.base_sizes(specs)]
             yield specs, sizes[:1]
             if sizes[1:]:
                 yield specs, sizes[1:]

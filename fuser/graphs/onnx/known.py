@@ -40,6 +40,9 @@ _NEED_A_SHAPE = {"Shape", "Size"}
 SMALL = 1 << 20
 """Computed values up to this many bytes are kept."""
 
+RESHAPES = 8
+"""No more in a row are looked through for what inference did not see; the rewrites leave one of them."""
+
 RECENT = 1 << 26
 """So many bytes of larger ones are kept, too: those that were computed last."""
 
@@ -149,26 +152,29 @@ class KnownValues:
             return None if tensor.proto is None else tensor.proto.data_type
         return self._inferred().get(id(tensor), (0, None))[0] or None
 
-    def shape(self, tensor: Tensor) -> Shape | None:
-        """What is inferred, or follows from the value itself: inference does not look into functions."""
+    def shape(self, tensor: Tensor, through: int = RESHAPES) -> Shape | None:
+        """What is inferred, or follows from the value itself: inference does not look into functions.
+
+        through: how many Reshapes in a row are looked through.
+        """
         if isinstance(tensor, Constant):
             return tensor.sizes
         inferred = self._inferred_shape(tensor)
-        if (node := tensor.producer) is not None and node.op == "Reshape":
-            inferred = self._reshaped(node, inferred)
+        if through and (node := tensor.producer) is not None and node.op == "Reshape":
+            inferred = self._reshaped(node, inferred, through)
         if inferred is None and tensor.known:
             with contextlib.suppress(CannotEvaluate):
                 return tuple(self.evaluate(tensor).shape)
         return inferred
 
-    def _reshaped(self, node: Node, inferred: Shape | None) -> Shape | None:
+    def _reshaped(self, node: Node, inferred: Shape | None, through: int) -> Shape | None:
         """What a Reshape to a known shape makes: inference saw neither how that is computed nor what was since."""
         if (inferred is not None and elements(inferred) is not None) or len(node.inputs) < 2 or not is_standard(node):
             return inferred
         target = self._target(node.inputs[1])
         if target is None or (inferred is not None and len(inferred) != len(target)):
             return inferred
-        source = self.shape(node.inputs[0])
+        source = self.shape(node.inputs[0], through - 1)
         told = _resized(source, target, allow_zero=bool(node.attrs.get("allowzero")))
         here = inferred or (None,) * len(target)
         return tuple(b if isinstance(b, int) or a is None else a for a, b in zip(here, told, strict=True))
