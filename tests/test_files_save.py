@@ -327,6 +327,45 @@ def test_nothing_is_said_of_data_that_is_gone(tmp_path):
     assert names(tmp_path) == {"m.onnx"}
 
 
+@pytest.mark.parametrize("layout", ["single", "external", "auto"])
+@pytest.mark.parametrize("location", ["a.onnx.data", ".//a.onnx.data"])
+def test_never_over_the_data_of_another_model(layout, location, tmp_path):
+    save(filled(1), tmp_path / "a.onnx", layout="external")
+    other = onnx.load(tmp_path / "a.onnx", load_external_data=False)
+    for tensor in other.graph.initializer:
+        tensor.external_data[0].value = location
+    (tmp_path / "b.onnx").write_bytes(other.SerializeToString())
+    (tmp_path / "c.onnx").write_text("no model, and it says a.onnx.data")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    changed = load(tmp_path / "a.onnx")
+    changed.proto.doc_string = "changed"
+    for model in (changed, filled(2)):
+        with pytest.raises(InputError, match=r"b\.onnx reads a\.onnx\.data, too"):
+            save(model, tmp_path / "a.onnx", layout=layout)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    (tmp_path / "b.onnx").unlink()
+    save(changed, tmp_path / "a.onnx", layout=layout)
+    assert number_in(tmp_path / "a.onnx") == 1
+
+
+def test_a_model_beside_data_that_only_another_reads(tmp_path):
+    """What is replaced is the model alone."""
+    save(filled(1), tmp_path / "a.onnx", layout="external")
+    os.rename(tmp_path / "a.onnx", tmp_path / "b.onnx")
+    save(filled(2), tmp_path / "a.onnx", layout="single")
+    assert [number_in(tmp_path / name) for name in ("a.onnx", "b.onnx")] == [2, 1]
+
+
+def test_data_that_is_named_in_another_way_is_replaced_like_any_other(tmp_path):
+    save(filled(1), tmp_path / "o.onnx", layout="external")
+    old = onnx.load(tmp_path / "o.onnx", load_external_data=False)
+    for tensor in old.graph.initializer:
+        tensor.external_data[0].value = ".//o.onnx.data"
+    (tmp_path / "o.onnx").write_bytes(old.SerializeToString())
+    save(filled(2), tmp_path / "o.onnx", layout="single")
+    assert names(tmp_path) == {"o.onnx"}
+
+
 def test_never_over_the_data_of_the_source(tmp_path):
     """A model that was renamed, its data not: its old name is no place for the result."""
     save(filled(1), tmp_path / "old.onnx", layout="external")
@@ -549,11 +588,18 @@ def die_at(step: int, work: Callable[[], object]) -> bool:
 
 @pytest.mark.parametrize("nameless", [True, False], ids=["O_TMPFILE", "named"])
 @pytest.mark.parametrize("new_layout", ["single", "external"])
-@pytest.mark.parametrize("old_layout", [None, "single", "external"])
-def test_a_death_at_any_step(old_layout, new_layout, nameless, tmp_path, monkeypatch):
-    """Wherever a save ends: the old or the new model, whole; and the next save leaves no other file."""
+@pytest.mark.parametrize(
+    ("old_layout", "small"), [(None, True), ("single", True), ("external", True), ("external", False)]
+)
+def test_a_death_at_any_step(old_layout, small, new_layout, nameless, tmp_path, monkeypatch):
+    """Wherever a save ends: the old or the new model, whole; and the next save leaves no other file.
+
+    small: whether the old data is copied for a moment, or gets a second name.
+    """
     if not nameless:
         without_nameless_files(monkeypatch)
+    if not small:
+        monkeypatch.setattr(save_module, "_SMALL_COPY", 0)
     expected = {"o.onnx", "o.onnx.data"} if new_layout == "external" else {"o.onnx"}
     step, died, outcomes, two_names = 0, True, set(), 0
     while died:
@@ -586,7 +632,7 @@ def test_a_death_at_any_step(old_layout, new_layout, nameless, tmp_path, monkeyp
         assert number_in(out) == number
         assert names(folder) == expected
         shutil.rmtree(folder)
-    assert step > 5 and two_names <= 6
+    assert step > 5 and two_names <= (0 if small else 6)
     assert outcomes == ({1, 2} if old_layout else {2})
 
 
@@ -615,6 +661,7 @@ for i in itertools.count():
         child.stdout.close()
         if out.exists():
             assert number_in(out) in (1, 2, 3)
+            onnx.load(out)
         temporary += any(name.endswith(".fuser") for name in names(folder))
         save(filled(3), out, layout="external")
         assert number_in(out) == 3

@@ -1,16 +1,17 @@
 """Write a model: one file, or the model and one data file beside it, streamed and atomic.
 
 With external data, the model `OUT` and its data `OUT.data` are replaced one after the other, and yet `OUT` is whole
-at every moment.  When the old `OUT` reads its data from `OUT.data`, that first gets a second name,
-`OUT.data.fuser-old`, and `OUT` is replaced by a version of itself that reads from there.  A kill leaves either this
-old model or the new one, and perhaps a file `*.fuser-old` or `.*.fuser`, which the next save of `OUT` removes.
-All bytes are written before the first of these steps, so that together they take less than a millisecond.
+at every moment.  When the old `OUT` reads its data from `OUT.data`, that is there a second time for a moment, as
+`OUT.data.fuser-old`: a small file as a copy, a large one under a second name, which onnx refuses to load while there
+are two.  `OUT` is replaced by a version of itself that reads from there.  A kill leaves either this old model or the
+new one, and perhaps a file `*.fuser-old` or `.*.fuser`, which the next save of `OUT` removes.  All new bytes are
+written before the first of these steps, so that together they take little time.
 """
 
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,6 +30,13 @@ LIMIT = 2**31 - 1  # the most bytes that protobuf reads as one message
 
 # Large tensors start where any system can map them (Windows: 64 KiB), the others at a cache line.
 _ALIGN_LARGE, _ALIGN, _LARGE = 64 * 1024, 64, 1 << 20
+
+
+_MOST_WITH_DATA = 64 << 20
+"""Bytes; a larger model is taken to keep its weights itself."""
+
+_SMALL_COPY = 64 << 20
+"""Bytes; a larger data file is not copied to have two of it for a moment."""
 
 
 @dataclass(frozen=True)
@@ -230,6 +238,9 @@ def _inode(path: Path) -> tuple[int, int] | None:
 def _replace(target: Path, data: Path, content: _Content, keep: set[tuple[int, int]]) -> None:
     """Put the content in place, and remove data that only the old model read; what is in `keep` has other readers."""
     aside = data.with_name(data.name + ".fuser-old")
+    other = _other_reader(data, target) if data.exists() else None
+    if other is not None and (content.data or _reads(target, data)):
+        raise InputError(f"cannot write {target}: {other.name} reads {data.name}, too; choose another output name")
     with ExitStack() as stack:
         new = stack.enter_context(Replacement(target))
         content.write(new)
@@ -263,7 +274,7 @@ def _moved(target: Path, data: Path, aside: Path, stack: ExitStack) -> Replaceme
         old = load(target)
     except InputError:
         return None
-    places = [entry for tensor in tensors_of(old.proto) for entry in tensor.external_data if _names(entry, data)]
+    places = _places(old, data)
     if not places:
         return None
     for entry in places:
@@ -274,18 +285,39 @@ def _moved(target: Path, data: Path, aside: Path, stack: ExitStack) -> Replaceme
     return moved
 
 
-def _names(entry: onnx.StringStringEntryProto, data: Path) -> bool:
-    """Whether an entry of a reference is the location of `data`, which lies beside the model."""
-    return entry.key == "location" and entry.value in (data.name, f"./{data.name}")
+def _other_reader(data: Path, target: Path) -> Path | None:
+    """Another model beside `target` that reads the data file, and would be spoilt by another one in its place."""
+    for path in sorted(target.parent.glob("*.onnx")):
+        if path.resolve() != target and path.stat().st_size <= _MOST_WITH_DATA and _reads(path, data):
+            return path
+    return None
+
+
+def _reads(path: Path, data: Path) -> bool:
+    """Whether the model at `path` reads the data file."""
+    with suppress(OSError, InputError):
+        return os.fsencode(data.name) in path.read_bytes() and bool(_places(load(path), data))
+    return False
+
+
+def _places(model: ModelFile, data: Path) -> list[onnx.StringStringEntryProto]:
+    """The entries of references that are the location of `data`, which lies beside the model."""
+    return [
+        entry
+        for tensor in tensors_of(model.proto)
+        for entry in tensor.external_data
+        if entry.key == "location" and os.path.normpath(entry.value) == data.name
+    ]
 
 
 def _second_name(data: Path, aside: Path) -> None:
-    """Give a file a second name for a moment, by a copy where there are no hard links."""
+    """Give a file a second name for a moment; a small one by a copy, as onnx refuses data with two hard links."""
     aside.unlink(missing_ok=True)
-    try:
-        os.link(data, aside)
-    except OSError:
-        with Replacement(aside) as copy:
-            copy.copy(Blob(file := File(data), 0, file.size))
-            copy.prepare()
-            copy.commit()
+    if data.stat().st_size > _SMALL_COPY:
+        with suppress(OSError):
+            os.link(data, aside)
+            return
+    with Replacement(aside) as copy:
+        copy.copy(Blob(file := File(data), 0, file.size))
+        copy.prepare()
+        copy.commit()
