@@ -7,6 +7,7 @@ stood in the way.  Neither edits.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from fuser.ops import (
     Transpose,
     Value,
 )
-from fuser.remarks import GIVE_SHAPES, Missed
+from fuser.remarks import GIVE_SHAPES, Missed, listed
 from fuser.rewrite import HOOKED
 
 MAX_BRANCHES = 64
@@ -160,10 +161,8 @@ class Walker:
             op = self.graph.op_producing(value)
             if op is None or depth > MAX_BRANCHES:
                 return Missed("no-linear", f"{self.graph.describe(value)} is not made by a linear operator")
-            readers = element_readers(self.graph, value)
-            if len(readers) > 1:
-                names = ", ".join(dict.fromkeys(reader.name for reader in readers))
-                return Missed("shared-output", f"{self.graph.describe(value)} is read by more than this: {names}")
+            if (shared := shared_output(self.graph, value)) is not None:
+                return shared
             if op.hooked:
                 return HOOKED
             match op:
@@ -348,12 +347,13 @@ class Walker:
         sizes = self._sizes(op)
         if m.axis not in (None, op.axis) or isinstance(sizes, Missed):
             return Missed("no-linear", f"{self.graph.describe(op)}, which reads it, cannot take it")
-        parts = []
-        for v, size in zip(op.inputs, sizes, strict=True):
-            if v is value and m.affine.channels not in (1, size):
-                return _misfit(self.graph.describe(v), size, m.affine)
-            parts.append(m.affine.sized(size) if v is value else ChannelAffine.identity(size))
-        return Map(ChannelAffine.join(parts), op.axis)
+        starts = np.cumsum([0, *sizes])
+        here = [place for place, joined in enumerate(op.inputs) if joined is value]
+        if m.affine.channels not in (1, sizes[here[0]]):
+            return _misfit(self.graph.describe(value), sizes[here[0]], m.affine)
+        affine = ChannelAffine.join([m.affine.sized(sizes[place]) for place in here])
+        places = np.concatenate([np.arange(starts[place], starts[place + 1]) for place in here])
+        return Map(affine.among(int(starts[-1]), places), op.axis)
 
     def _conv_before(self, op: Conv, m: Map) -> Takes:
         name = self.graph.describe(op)
@@ -534,6 +534,16 @@ class Walker:
 def element_readers(graph: Graph, value: Value) -> list[Reader]:
     """Who reads the elements of a value: for who only asks for the shape, other elements change nothing."""
     return [reader for reader in graph.readers(value) if not reader.shape_only]
+
+
+def shared_output(graph: Graph, value: Value) -> Missed | None:
+    """Said where more than one reader asks for the elements of a value."""
+    readers = (reader.name for reader in graph.readers(value) if not reader.shape_only)
+    first = list(itertools.islice(readers, 2))
+    if len(first) < 2:
+        return None
+    names = listed(itertools.chain(first, readers))
+    return Missed("shared-output", f"{graph.describe(value)} is read by more than this: {names}")
 
 
 def shared_weights(graph: Graph, op: Op) -> Missed:

@@ -8,7 +8,7 @@
 
 The steps of a branch are convolutions or matrix products, averages, BatchNorms and arithmetic with constants; it may
 be x itself.  The sum may be a difference, or have more operands.  Blocks of many branches (RepVGG, MobileOne, RepViT,
-FastViT) collapse pair by pair, together with fold-batch-norm and fold-affine.  A branch of one operator, which has the
+FastViT) collapse step by step, together with fold-batch-norm and fold-affine.  A branch of one operator, which has the
 larger kernel, takes the other one, so nothing grows.
 
 Refusals:
@@ -22,16 +22,15 @@ Refusals:
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import numpy as np
 
 from fuser import affine as algebra
-from fuser.absorb import constants_of, element_readers, shared_weights, written
+from fuser.absorb import constants_of, element_readers, shared_output, shared_weights, written
 from fuser.affine import ChannelAffine, Constants
 from fuser.graph import Array, Graph
 from fuser.kernels import Kernel, agree
@@ -44,6 +43,9 @@ Step: TypeAlias = Conv | Linear | AveragePool | Map
 
 MAX_STEPS = 8
 """How many steps a branch is followed back."""
+
+MAX_HOSTS = 16
+"""Of how many operators with one input it is tried whether they can take in others."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,16 +72,24 @@ class Branch:
 
 
 @dataclass(frozen=True, eq=False)
-class Merge:
-    """`host` takes new constants; its output stands for the sum, or for two of its operands.
+class Part:
+    """`op`, which is `host`, takes new constants; then its output stands for those of the guests, too."""
 
-    rest: the other operands, and the output of the host.
+    op: Conv | Linear
+    host: Branch
+    arrays: dict[str, Array]
+    guests: tuple[Branch, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """What several operators of one sum take in.
+
+    rest: the operands that are left, the outputs of these operators among them.
     """
 
     sum: Arithmetic
-    host: Conv | Linear
-    arrays: dict[str, Array]
-    guest: str
+    parts: tuple[Part, ...]
     rest: tuple[Value, ...]
 
 
@@ -93,48 +103,71 @@ class MergeBranches(RewritePass[Arithmetic, Merge]):
 
     def concerns(self, graph: Graph, op: Arithmetic) -> bool:
         """Whether it is a sum, two readings of its operands share an input, and one of them is a linear operator."""
-        return next(_pairs(graph, op), None) is not None
+        return any(_groups(graph, op))
 
     def match(self, graph: Graph, op: Arithmetic) -> Merge | Missed:
+        for _, operand in op.terms:
+            if not _is_as_made(graph, operand):
+                return written(graph, operand)
+        parts: list[Part] = []
+        used: set[int] = set()
         refused: Missed | None = None
-        for left, right in _pairs(graph, op):
-            found = _merge(graph, op, left, right)
-            if isinstance(found, Merge):
-                return self._unshared(graph, found)
-            refused = refused or found
-        assert refused is not None  # otherwise it is no candidate
-        return refused
+        for branches in _groups(graph, op):
+            found = self._part(graph, op, [branch for branch in branches if branch.term not in used])
+            if isinstance(found, Part):
+                parts.append(found)
+                used.update(branch.term for branch in (found.host, *found.guests))
+            refused = found if refused is None and isinstance(found, Missed) else refused
+        if not parts:
+            assert refused is not None  # otherwise it is no candidate
+            return refused
+        gone = {guest.term for part in parts for guest in part.guests}
+        return Merge(op, tuple(parts), tuple(value for term, (_, value) in enumerate(op.terms) if term not in gone))
 
-    def _unshared(self, graph: Graph, found: Merge) -> Merge | Missed:
-        if self.shared_weights == "refuse" and len(graph.readers(found.host.weight)) > 1:
-            return shared_weights(graph, found.host)
-        return found
+    def _part(self, graph: Graph, total: Arithmetic, branches: list[Branch]) -> Part | Missed | None:
+        """The branch with the largest kernel takes the others, as many as it can."""
+        hosts = [(branch, branch.operator) for branch in branches if branch.operator is not None]
+        refused: Missed | None = None
+        for host, op in sorted(hosts, key=lambda pair: -_size(graph, pair[1]))[:MAX_HOSTS]:
+            guests = [branch for branch in branches if branch.term != host.term]
+            found = _take_in(graph, total, host, op, guests) if guests else None
+            if isinstance(found, Part) and self.shared_weights == "refuse" and len(graph.readers(op.weight)) > 1:
+                found = shared_weights(graph, op)
+            if isinstance(found, Part):
+                return found
+            refused = refused or found
+        return refused
 
     def rewrite(self, graph: Graph, match: Merge) -> str:
         done: list[str] = []
         found: Merge | Missed | None = match
         while isinstance(found, Merge):
-            graph.set_constants(found.host, **found.arrays)
-            done.append(f"{found.guest} is part of {graph.describe(found.host)}")
-            if not isinstance(found.sum, Sum):
-                graph.replace(found.sum, by=found.host.output)
+            for part in found.parts:
+                graph.set_constants(part.op, **part.arrays)
+                done += [f"{guest.name} is part of {part.host.name}" for guest in part.guests]
+            if not isinstance(found.sum, Sum) or len(found.rest) == 1:
+                graph.replace(found.sum, by=found.parts[0].op.output)
                 break
             graph.set_inputs(found.sum, found.rest)
-            left = graph.op_producing(found.sum.output)  # at once: a round for each of many would take long
+            left = graph.op_producing(found.sum.output)
             found = self.match(graph, left) if isinstance(left, Arithmetic) and self.concerns(graph, left) else None
         return "; ".join(done)
 
 
-def _pairs(graph: Graph, total: Arithmetic) -> Iterator[tuple[Branch, Branch]]:
-    """Readings of two operands that share their source, one of which is an operator."""
+def _groups(graph: Graph, total: Arithmetic) -> Iterator[list[Branch]]:
+    """Readings of several operands that share their source, one of which is an operator."""
     by_source: dict[int, list[Branch]] = {}
     for term, (sign, value) in enumerate(total.terms):
         for branch in _branches(graph, term, sign, value):
             by_source.setdefault(id(branch.source), []).append(branch)
     for branches in by_source.values():
-        for left, right in itertools.combinations(branches, 2):
-            if left.operator is not None or right.operator is not None:
-                yield left, right
+        if len(branches) > 1 and any(branch.operator is not None for branch in branches):
+            yield branches
+
+
+def _size(graph: Graph, op: Conv | Linear) -> int:
+    """How many numbers the weight has, as far as it is known."""
+    return math.prod(size for size in graph.shape(op.weight) or () if isinstance(size, int))
 
 
 def _branches(graph: Graph, term: int, sign: int, value: Value) -> Iterator[Branch]:
@@ -173,58 +206,64 @@ def _step(graph: Graph, op: Op | None) -> tuple[Value, Step | None]:
     return (found.operand, found.map) if isinstance(found, AffineOp) else (None, None)
 
 
-def _merge(graph: Graph, total: Arithmetic, left: Branch, right: Branch) -> Merge | Missed:
-    """The branch with the larger kernel takes the other one."""
-    if left.hooked or right.hooked:
-        return HOOKED
-    if not graph.is_stable(left.source):
-        return written(graph, left.source)
-    for _, operand in total.terms:
-        if not _is_as_made(graph, operand):
-            return written(graph, operand)
-    refused: Missed | None = None
-    for host, guest in ((left, right), (right, left)):
-        if host.operator is None:
-            continue
-        found = _take_in(graph, total, host.operator, host.sign, guest)
-        if isinstance(found, Merge):
-            return found
-        refused = refused or found
-    assert refused is not None
-    return refused
-
-
 def _is_as_made(graph: Graph, value: Value) -> bool:
     """Whether whoever reads the value sees what its op made: the only reader may even write into it."""
     return graph.is_stable(value) or len(element_readers(graph, value)) == 1
 
 
-def _take_in(graph: Graph, total: Arithmetic, op: Conv | Linear, sign: int, guest: Branch) -> Merge | Missed:
-    readers = element_readers(graph, op.output)
-    if len(readers) > 1:
-        names = ", ".join(dict.fromkeys(reader.name for reader in readers))
-        return Missed("shared-output", f"{graph.describe(op.output)} is read by more than this: {names}")
-    host = _kernel(graph, op)
-    if isinstance(host, Missed):
-        return host
-    other = _guest_kernel(graph, guest, op, host)
-    if isinstance(other, Missed):
-        return other
-    if why := other.misfit(host, same_size=_are_alike(graph, total)):
-        return Missed("geometry", f"the branches cannot share one kernel: {why}")
-    host, other = host.times(sign), other.times(guest.sign)
-    dtype = host.weight.dtype
-    new = host.plus(other, dtype)
-    if not (algebra.is_finite(new.weight) and algebra.is_finite(new.bias)):
+def _take_in(
+    graph: Graph, total: Arithmetic, host: Branch, op: Conv | Linear, guests: Sequence[Branch]
+) -> Part | Missed:
+    """One kernel for the host and for as many of the guests as fit; else why not for the first of them."""
+    if host.hooked:
+        return HOOKED
+    if not graph.is_stable(host.source):
+        return written(graph, host.source)
+    if (shared := shared_output(graph, op.output)) is not None:
+        return shared
+    own = _kernel(graph, op)
+    if isinstance(own, Missed):
+        return own
+    alike = _are_alike(graph, total)
+    kernels, taken = [own.times(host.sign)], list[Branch]()
+    refused: Missed | None = None
+    for guest in guests:
+        found = _fitting(graph, guest, op, own, alike)
+        if isinstance(found, Missed):
+            refused = refused or found
+            continue
+        kernels.append(found.times(guest.sign))
+        taken.append(guest)
+    if not taken:
+        assert refused is not None
+        return refused
+    dtype = own.weight.dtype
+    merged = kernels[0]
+    for number, kernel in enumerate(kernels[1:], 2):  # rounded at the end, once
+        new = merged.plus(kernel, dtype if number == len(kernels) else np.dtype(np.float64))
+        merged = replace(merged, weight=new.weight, bias=new.bias)
+    if not (algebra.is_finite(merged.weight) and algebra.is_finite(merged.bias)):
         return Missed("not-finite", f"the sum of the kernels is not finite in {dtype}")
-    merged = Kernel(new.weight, new.bias, host.groups, host.strides, host.taps, host.growth)
-    if not agree([host, other], merged, dtype):
+    if not agree(kernels, merged, dtype):
         return Missed("unsound", "the merged kernel does not do what the branches did, on a test input")
-    arrays = {"weight": new.weight.T if _is_turned(op) else new.weight}
-    if op.bias is not None or new.bias.any():
-        arrays["bias"] = new.bias
-    rest = tuple(value for term, (_, value) in enumerate(total.terms) if term != guest.term)
-    return Merge(total, op, arrays, guest.name, rest)
+    arrays = {"weight": merged.weight.T if _is_turned(op) else merged.weight}
+    if op.bias is not None or merged.bias.any():
+        arrays["bias"] = merged.bias
+    return Part(op, host, arrays, tuple(taken))
+
+
+def _fitting(graph: Graph, guest: Branch, op: Conv | Linear, host: Kernel, alike: bool) -> Kernel | Missed:
+    """The kernel of a branch, where that of the host has room for it."""
+    if guest.hooked:
+        return HOOKED
+    kernel = _guest_kernel(graph, guest, op, host)
+    if isinstance(kernel, Missed):
+        return kernel
+    if why := kernel.misfit(host, same_size=alike):
+        return Missed("geometry", f"the branches cannot share one kernel: {why}")
+    if not (algebra.is_finite(kernel.weight) and algebra.is_finite(kernel.bias)):
+        return Missed("not-finite", f"the kernel of {guest.name} is not finite")
+    return kernel
 
 
 def _are_alike(graph: Graph, total: Arithmetic) -> bool:

@@ -30,7 +30,7 @@ from fuser.affine import Array, Constants
 from fuser.graph import Graph
 from fuser.ops import Conv, Linear, LinearOperator
 from fuser.products import Factor, agree, into_first, into_second
-from fuser.remarks import Missed
+from fuser.remarks import Missed, listed
 from fuser.rewrite import HOOKED, RewritePass
 
 
@@ -70,7 +70,7 @@ class MergeLinears(RewritePass[LinearOperator, Merge]):
             return HOOKED
         readers = graph.readers(first.output)
         if len(readers) > 1:
-            names = ", ".join(dict.fromkeys(reader.name for reader in readers))
+            names = listed(reader.name for reader in readers)
             return Missed("shared-output", f"{graph.describe(first.output)} is read by more than this: {names}")
         pair = _pair(graph, first, op)
         if isinstance(pair, Missed):

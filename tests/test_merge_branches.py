@@ -192,6 +192,58 @@ def test_sums_of_several(order: str) -> None:
     assert sorted(op_types(result.graph)) == sorted(["Conv", *kept, *["Tanh"][: len(kept)]])
 
 
+def test_many_operands_of_several_inputs_merge_in_one_visit() -> None:
+    count = 40
+    nodes, constants = [node("Tanh", ["x"], ["z"]), node("Abs", ["x"], ["kept"])], {}
+    for i in range(count):
+        nodes.append(node("MatMul", ["xz"[i % 2], f"w{i}"], [f"m{i}"]))
+        constants[f"w{i}"] = RNG.standard_normal((8, 8))
+    nodes.append(node("Sum", ["kept", *[f"m{i}" for i in range(count)], "z"]))
+    proto = model(nodes, constants=constants, dtype=DOUBLE, x=(3, 8))
+    outcome, result = rewritten(proto, MERGE)
+    assert sorted(op_types(result.graph)) == ["Abs", "MatMul", "MatMul", "Sum", "Tanh"]
+    assert [remark.reason.count("is part of") for remark in outcome.applied] == [count - 2 + 1]  # and z itself
+    wanted, found = evaluate(proto), evaluate(result)
+    assert np.abs(found - wanted).max() <= 1e-12 * np.abs(wanted).max()
+
+
+def test_an_operand_with_two_readings_merges_once() -> None:
+    """Of `a` and `b`, the input may be `h`, or what that is made of."""
+    nodes = [conv("x", "h", "p"), conv("h", "a", "q"), conv("h", "b", "r"), conv("x", "d", **SAME)]
+    small = {name: RNG.standard_normal((4, 4, 1, 1)) for name in "qr"}
+    for order in (["a", "b", "d"], ["d", "b", "a"]):
+        result = applied(double([*nodes, node("Sum", order)], **small), MERGE)
+        assert op_types(result.graph) == ["Conv"]
+
+
+def test_several_kernels_are_rounded_once() -> None:
+    kernels = [RNG.standard_normal((4, 4, 1, 1)).astype(np.float32) * 3.0**i for i in range(6)]
+    nodes = [conv("x", f"c{i}", f"w{i}") for i in range(6)]
+    proto = model(
+        [*nodes, node("Sum", [f"c{i}" for i in range(6)])], constants={f"w{i}": w for i, w in enumerate(kernels)}
+    )
+    _, result = rewritten(proto, MERGE)
+    (merged,) = (onnx.numpy_helper.to_array(tensor) for tensor in result.graph.initializer)
+    assert np.array_equal(merged, np.sum(kernels, axis=0, dtype=np.float64).astype(np.float32))
+
+
+def test_one_branch_that_cannot_be_merged_does_not_keep_the_others() -> None:
+    nodes = [conv("x", "a", **SAME), conv("x", "b", "bad", **SAME), conv("x", "d", "p"), node("Sum", ["a", "b", "d"])]
+    bad = np.full((4, 4, 3, 3), np.inf)
+    _, result = rewritten(double(nodes, bad=bad), MERGE)
+    assert sorted(op_types(result.graph)) == ["Conv", "Conv", "Sum"]
+
+
+def test_of_many_readers_a_remark_names_the_first() -> None:
+    nodes = [conv("x", "a", **SAME), conv("x", "b", "p"), node("Add", ["a", "b"])]
+    extra = [node("Abs", [source], [f"{source}{i}"]) for i in range(20) for source in "ab"]
+    constants = {"w": RNG.standard_normal((4, 4, 3, 3)), "p": RNG.standard_normal((4, 4, 1, 1))}
+    outputs = ["y", *(one.output[0] for one in extra)]
+    proto = model([*nodes, *extra], constants=constants, dtype=DOUBLE, outputs=outputs)
+    (reason,) = (remark.reason for remark in rewritten(proto, MERGE)[0].missed)
+    assert reason.endswith("and others") and reason.count(",") == 7
+
+
 def test_a_norm_goes_through_a_sum_of_several() -> None:
     nodes = [conv("x", "a", **SAME), conv("x", "b", "p"), conv("x", "d", "p"), node("Sum", ["a", "b", "d"], ["c"])]
     result = applied(double([*nodes, batch_norm()]), FoldBatchNorm())

@@ -127,6 +127,7 @@ class OnnxGraph:
         self._zeros: dict[int, bool] = {}
         self._origins: dict[int, list[str]] = {}
         self._readings: dict[int, Op | None] = {}
+        self._readers: dict[int, list[Reader]] = {}
         self._read_at = self._learned_at = 0
         self._taken = {name for scope in self.wiring.scopes for name in scope.names}
         self._taken.update(node.name for node in self.wiring.order)
@@ -160,12 +161,17 @@ class OnnxGraph:
 
     def read(self, node: Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
-        if self._read_at != self.edits:  # a reading holds until the next edit
-            self._readings.clear()
-            self._read_at = self.edits
+        self._forget_readings()
         if id(node) not in self._readings:
             self._readings[id(node)] = self._read(node)
         return self._readings[id(node)]
+
+    def _forget_readings(self) -> None:
+        """What was read holds until the next edit."""
+        if self._read_at != self.edits:
+            self._readings.clear()
+            self._readers.clear()
+            self._read_at = self.edits
 
     def _read(self, node: Node) -> Op | None:
         scope = node.scope
@@ -183,6 +189,12 @@ class OnnxGraph:
         return None if node is None else self.read(node)
 
     def readers(self, value: Value) -> Sequence[Reader]:
+        self._forget_readings()
+        if id(value) not in self._readers:
+            self._readers[id(value)] = self._who_reads(value)
+        return self._readers[id(value)]
+
+    def _who_reads(self, value: Value) -> list[Reader]:
         home, constant = value.home, value.known
         found = []
         for node, position in value.uses():
@@ -470,6 +482,7 @@ class OnnxGraph:
         self.wiring.sweep(keep=self.known.overridable)
         self.wiring.settle()
         self._readings.clear()
+        self._readers.clear()
 
     def to_model(self) -> ModelFile:
         """Patch what changed into the model and return it; this graph is not to be used after that."""
@@ -492,6 +505,7 @@ class OnnxGraph:
         if self._learned_at != self.edits:
             self.known.learn()
             self._readings.clear()
+            self._readers.clear()
             self._learned_at = self.edits
         targets = {id(tensor.producer) for node in self.wiring.of(["Reshape"]) for tensor in node.inputs[1:]}
         for node in self.wiring.order:
@@ -613,11 +627,11 @@ class OnnxGraph:
         """
         if may_rename:
             self.known.inherit(value, output)
-        readers, others = output.uses(), value.uses()
-        producer = value.producer
-        renames = may_rename and producer is not None and not others and producer.scope is output.home
+        readers, producer = output.uses(), value.producer
+        renames = may_rename and producer is not None and not value.slots and producer.scope is output.home
         if output.public or (renames and not value.public):
             assert producer is not None  # otherwise the op could not vanish
+            others = value.uses()
             # The producer writes under the name of what goes: its readers keep their bytes.
             self.wiring.set_output(producer, value, output)
             producer.scope.dropped.add(value.name)
