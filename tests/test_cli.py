@@ -304,6 +304,7 @@ def test_bad_input(command: str, case: str, folder: Path) -> None:
         (["--verify", "maybe"], "--verify takes auto, whole or none"),
         (["--shared-weights", "maybe"], "shared_weights is one of copy, refuse"),
         (["--report", "no/such/folder/r.json"], "cannot write"),
+        (["--inputs", "none.npz"], "there is no none.npz"),
         (["--report", "net.onnx"], "cannot write net.onnx: it is the place of a model"),
         (["--report", "./net.fused.onnx"], "it is the place of a model"),
         (["out.onnx", "--report", "out.onnx.data"], "it is the place of a model"),

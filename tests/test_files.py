@@ -454,6 +454,7 @@ def test_offset_and_length_may_be_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
+        ({"location": "."}, "'.', which is a folder"),
         ({"location": "../secret.bin"}, "outside"),
         ({"location": "sub/../../secret.bin"}, "outside"),
         ({"location": "/etc/passwd"}, "outside"),

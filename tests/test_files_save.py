@@ -366,6 +366,13 @@ def test_data_that_is_named_in_another_way_is_replaced_like_any_other(tmp_path):
     assert names(tmp_path) == {"o.onnx"}
 
 
+def test_a_folder_in_the_place_of_the_data(tmp_path):
+    (tmp_path / "o.onnx.data").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*o\.onnx\.data: it is a folder"):
+        save(filled(1), tmp_path / "o.onnx", layout="external")
+    assert names(tmp_path) == {"o.onnx.data"}
+
+
 def test_never_over_the_data_of_the_source(tmp_path):
     """A model that was renamed, its data not: its old name is no place for the result."""
     save(filled(1), tmp_path / "old.onnx", layout="external")

@@ -64,6 +64,8 @@ class DataFiles:
         inside = [os.path.realpath(folder) for folder in self._folders]
         for folder in self._folders:
             path = os.path.realpath(folder / location)
+            if os.path.isdir(path):
+                raise InputError(f"{whose} is in {shown(location)}, which is a folder")
             if os.path.lexists(path):
                 if not any(os.path.commonpath([path, home]) == home for home in inside):
                     raise InputError(f"{whose} lies outside the model's folder: {shown(location)} leads to {path}")

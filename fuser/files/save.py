@@ -91,6 +91,8 @@ def save(
     if model.whole and content.as_in_source and not changed:
         content.pieces = [Blob(model.whole, 0, model.whole.size)]
     written = [target, data] if content.data else [target]
+    if content.data and data.is_dir():
+        raise InputError(f"cannot write {data}: it is a folder")
     if not in_place:
         _spare_the_source(model, written)
     try:

@@ -32,9 +32,15 @@ def given(inputs: Any, specs: Sequence[Spec]) -> list[InputSet]:
     return [InputSet("given", _in_order([inputs], specs, "the given data"))]
 
 
+def check_paths(inputs: Any) -> None:
+    """Raise `InputError` for a path among the `inputs` at which nothing is: before anything is done."""
+    for item in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
+        if isinstance(item, (str, os.PathLike)) and not Path(item).exists():
+            raise InputError(f"there is no {item}; give inputs as .npz, .npy or a test_data_set folder")
+
+
 def _from_path(path: Path, specs: Sequence[Spec]) -> list[InputSet]:
-    if not path.exists():
-        raise InputError(f"there is no {path}; give inputs as .npz, .npy or a test_data_set folder")
+    check_paths(path)
     if path.is_dir():
         folders = sorted(path.glob("test_data_set_*"), key=_number) or [path]
         return [InputSet(folder.name, _in_order(_folder(folder), specs, str(folder))) for folder in folders]
