@@ -46,9 +46,12 @@ def keeps_shape(old: Sequence[Dim] | None, new: Sequence[Dim] | None) -> bool:
     """Whether two shapes of equally many elements are the same: one size may be unknown, the others tell it."""
     if old is None or new is None or len(old) != len(new):
         return False
-    rest = [a for a, b in zip(old, new, strict=True) if a is not None and a == b]
+    pairs = list(zip(old, new, strict=True))
+    rest = [a for a, b in pairs if a is not None and a == b]
     if len(rest) == len(old):
         return True
+    if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in pairs):
+        return False  # inference is wrong somewhere
     return len(rest) == len(old) - 1 and all(isinstance(size, int) and size > 0 for size in rest)
 
 

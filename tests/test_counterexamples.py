@@ -533,6 +533,15 @@ def test_what_cannot_be_run_is_one_line(fault: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_a_reshape_that_says_better_than_inference_stays() -> None:
+    """onnx adds the output padding to a size that SAME tells already; what declares the right one hides that."""
+    same: dict[str, Any] = {"auto_pad": "SAME_LOWER", "strides": [2, 1], "output_padding": [1, 0]}
+    nodes = [node("ConvTranspose", ["x", "w"], ["a"], **same), node("Reshape", ["a", "s"], ["b"]), node("Relu", ["b"])]
+    proto = model(nodes, [2, 1, 2, 8], [2, 1, 4, 8], {"w": normal(1, 1, 2, 3), "s": np.array([2, 1, 4, 8])})
+    result = fuser.optimize(proto, verify=False).model
+    onnx.checker.check_model(result, full_check=True)
+
+
 def test_a_sum_of_more_branches_than_there_are_rounds() -> None:
     count = 130
     nodes = [node("Conv", ["x", f"w{i}"], [f"c{i}"]) for i in range(count)]

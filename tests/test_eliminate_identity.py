@@ -187,6 +187,7 @@ def test_what_changes_something(name: str) -> None:
 def test_shapes_that_agree_but_for_one_size() -> None:
     assert keeps_shape(("N", 3, 4), (None, 3, 4))
     assert keeps_shape(("N", "H", 4), ("N", "H", 4))
+    assert keeps_shape((2, None, 4), (2, 3, 4)) and not keeps_shape((2, 5, 4), (2, 3, 4))
     assert not keeps_shape(("N", "H", 4), ("N", "M", 4))  # the names say nothing of their product's factors
     assert not keeps_shape((None, None, 4), (None, None, 4))
     assert not keeps_shape(("N", 0, 4), (None, 0, 4))  # no elements say nothing of the other sizes
