@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +23,7 @@ from fuser.proof.inputs import InputSet
 from fuser.proof.outcome import Failure, Outcome
 from fuser.proof.runners import Float64Runner, OnnxRunner, Workers
 from fuser.proof.sides import Original, Side, open_sides
-from fuser.proof.trial import Trial
+from fuser.proof.trial import FIRST_NUDGES, Trial
 from fuser.proof.verification import Truth, Verification
 
 CONTRACTS = ("exact", "rounding")
@@ -248,7 +248,7 @@ class _Comparison:
         blind: list[bool] = []
         for index, one in enumerate(sets):
             outcomes = originals[index], candidates[index], truths[index], wide[index]
-            trial = Trial(self._before, self._after, one, *outcomes)
+            trial = Trial(self._before, self._after, one, *outcomes, partial(self._nudged, sets, index))
             found = trial.bits() if self._exact else trial.rounding()
             used.add(trial.truth)
             result.truth_note = result.truth_note or trial.note
@@ -260,6 +260,16 @@ class _Comparison:
         self._blind = bool(blind) and all(blind)
         result.truth = _truth_used(used)
         return problem
+
+    def _nudged(self, sets: list[InputSet], index: int, seeds: Sequence[int]) -> list[Outcome]:
+        """The truth of one set with constants moved, for each seed.
+
+        Of light models those of all sets are found at once, as it takes longer to make one ready than to run it.
+        """
+        if not self._light or tuple(seeds) != FIRST_NUDGES:
+            return [answer[0] for answer in self._before.runner.truth([sets[index].values], seeds)]
+        answers = self._known("nudged", lambda: self._before.runner.truth([one.values for one in sets], seeds))
+        return [answer[index] for answer in answers]
 
 
 def _has_elements(outcome: Any) -> bool:

@@ -11,7 +11,7 @@ optimizer.  What is wrong by orders of magnitude is not looked into further.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,9 @@ from fuser.proof.verification import Truth
 HOPELESS = 100.0
 """Times what is allowed, beyond which no better measure of the noise is sought."""
 
-_FIRST_NUDGES = (1, 2)
+FIRST_NUDGES = (1, 2)
+"""Seeds of the nudges that are tried first."""
+
 _MORE_NUDGES = (3, 4, 5, 6, 7, 8)
 _FIRST_MOVES = (1, 2)
 _MORE_MOVES = (3, 4, 5, 6)
@@ -51,11 +53,14 @@ class Trial:
         candidate: Any,
         truth: Outcome,
         candidate_truth: Outcome,
+        nudged: Callable[[Sequence[int]], list[Outcome]],
     ) -> None:
+        """nudged: the truth with constants moved, one outcome for each seed."""
         self._before, self._after, self._inputs = before, after, inputs
         self._original = dict(_named(before.output_names, original))
         self._candidate = dict(_named(before.output_names, before.paired(after, candidate)))
         self._outcomes = truth, candidate_truth
+        self._truths = nudged
         self._nudged: list[dict[str, Any]] = []
         self._moved: list[dict[str, Any]] = []
         self.truth: Truth = "none"
@@ -107,7 +112,7 @@ class Trial:
 
     def _same_function(self, name: str, candidate: dict[str, Any], truth: dict[str, Any]) -> Judgement:
         judgement = Judgement()
-        for samples in self._stages(lambda: self._nudge(_FIRST_NUDGES), lambda: self._nudge(_MORE_NUDGES)):
+        for samples in self._stages(lambda: self._nudge(FIRST_NUDGES), lambda: self._nudge(_MORE_NUDGES)):
             right = [sample[name] for sample in samples if name in sample]
             judgement = Judge(truth[name], right, self._roundoff(name)).judge(candidate[name])
             if judgement.fine or (judgement.excess > HOPELESS and samples):
@@ -119,7 +124,7 @@ class Trial:
             return self._nudge(_MORE_NUDGES) + self._move(_FIRST_MOVES) + self._move(_MORE_MOVES)
 
         judgement = Judgement()
-        for samples in self._stages(lambda: self._nudge(_FIRST_NUDGES), more):
+        for samples in self._stages(lambda: self._nudge(FIRST_NUDGES), more):
             right = [self._original[name], *(sample[name] for sample in samples if name in sample)]
             judgement = Judge(truth[name], right, self._roundoff(name)).judge(self._candidate[name])
             if judgement.fine or (judgement.excess > HOPELESS and samples):
@@ -194,13 +199,13 @@ class Trial:
                 return f"the float64 evaluation gives another shape for {name!r} than the original"
             if not is_float(original.dtype):
                 wrong = original != wide
-                for sample in self._nudge(_FIRST_NUDGES) if wrong.any() else []:
+                for sample in self._nudge(FIRST_NUDGES) if wrong.any() else []:
                     if name in sample and sample[name].shape == wide.shape:
                         wrong &= sample[name] == wide
                 if wrong.mean() > 0.01:
                     return f"the float64 evaluation gives other values for {name!r} than the original"
             elif _far(original, wide):
-                spread = [_distance(sample[name], wide) for sample in self._nudge(_FIRST_NUDGES) if name in sample]
+                spread = [_distance(sample[name], wide) for sample in self._nudge(FIRST_NUDGES) if name in sample]
                 if _distance(original, wide) > 100 * max(spread, default=0.0):
                     return f"the float64 evaluation of {name!r} is far from what {self._before.runner.runtime} computes"
         return ""
@@ -216,13 +221,12 @@ class Trial:
     def _nudge(self, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
         """The truth with constants moved by a rounding; kept, because several outputs ask."""
         known = len(self._nudged)
-        wanted = len(_FIRST_NUDGES) if seeds == _FIRST_NUDGES else len(_FIRST_NUDGES) + len(_MORE_NUDGES)
+        wanted = len(FIRST_NUDGES) if seeds == FIRST_NUDGES else len(FIRST_NUDGES) + len(_MORE_NUDGES)
         if known < wanted:
-            order = (_FIRST_NUDGES + _MORE_NUDGES)[known:wanted]
-            answers = self._before.runner.truth([self._inputs.values], order)
-            self._nudged += [self._sample(answer[0]) for answer in answers]
-        first = len(_FIRST_NUDGES)
-        return self._nudged[:first] if seeds == _FIRST_NUDGES else self._nudged[first:]
+            order = (FIRST_NUDGES + _MORE_NUDGES)[known:wanted]
+            self._nudged += map(self._sample, self._truths(order))
+        first = len(FIRST_NUDGES)
+        return self._nudged[:first] if seeds == FIRST_NUDGES else self._nudged[first:]
 
     def _move(self, seeds: tuple[int, ...]) -> list[dict[str, Any]]:
         """The original at run time with inputs moved by a unit in the last place; first of all, optimized."""
