@@ -37,11 +37,14 @@ from fuser.ops import (
     Transpose,
     Value,
 )
-from fuser.remarks import GIVE_SHAPES, Missed, listed
+from fuser.remarks import GIVE_SHAPES, Missed
 from fuser.rewrite import HOOKED
 
 MAX_BRANCHES = 64
 """How deep sums and concatenations may nest before the walk gives up."""
+
+MAX_NAMES = 8
+"""How many readers a remark names: thousands of remarks are not to name thousands each."""
 
 MAX_SPREAD = 1 << 24
 """How many elements a map may be spread over to follow it through a change of shape."""
@@ -536,13 +539,13 @@ def element_readers(graph: Graph, value: Value) -> list[Reader]:
     return [reader for reader in graph.readers(value) if not reader.shape_only]
 
 
-def shared_output(graph: Graph, value: Value) -> Missed | None:
-    """Said where more than one reader asks for the elements of a value."""
-    readers = (reader.name for reader in graph.readers(value) if not reader.shape_only)
-    first = list(itertools.islice(readers, 2))
+def shared_output(graph: Graph, value: Value, *, shapes: bool = False) -> Missed | None:
+    """Said where more than one reader asks for the elements of a value, or, with `shapes`, for anything of it."""
+    readers = (reader.name for reader in graph.readers(value) if shapes or not reader.shape_only)
+    first = list(itertools.islice(readers, MAX_NAMES + 1))
     if len(first) < 2:
         return None
-    names = listed(itertools.chain(first, readers))
+    names = ", ".join(dict.fromkeys(first[:MAX_NAMES])) + (" and others" if len(first) > MAX_NAMES else "")
     return Missed("shared-output", f"{graph.describe(value)} is read by more than this: {names}")
 
 

@@ -250,11 +250,11 @@ def _check(
 ) -> Check:
     """How a rewritten model compares with the source's original; the processes for that end with `stack`."""
     from fuser import proof
-    from fuser.proof.data import check_paths
+    from fuser.proof.data import check_path
     from fuser.proof.runners import Workers
     from fuser.proof.sides import Original
 
-    check_paths(inputs)
+    check_path(inputs)
     workers, original = stack.enter_context(Workers()), stack.enter_context(Original())
     if source.is_onnx:
         workers.first.start()  # it imports what it needs while the passes run

@@ -7,22 +7,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from itertools import islice
 from typing import Any
-
-MAX_NAMES = 8
-"""How many names a remark lists."""
 
 GIVE_SHAPES = "give example_inputs, or a model with shapes"
 """The remedy where a size, or a number of axes, is not known."""
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names for a remark, each once; of many the first, so that thousands of remarks do not list thousands each."""
-    first = list(islice(names, MAX_NAMES + 1))
-    return f"{', '.join(first[:-1])} and others" if len(first) > MAX_NAMES else ", ".join(dict.fromkeys(first))
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fuser import affine as algebra
-from fuser.absorb import constants_of, layout_of, written
+from fuser.absorb import constants_of, layout_of, shared_output, written
 from fuser.affine import Array, Constants
 from fuser.graph import Graph
 from fuser.ops import Conv, Linear, LinearOperator
 from fuser.products import Factor, agree, into_first, into_second
-from fuser.remarks import Missed, listed
+from fuser.remarks import Missed
 from fuser.rewrite import HOOKED, RewritePass
 
 
@@ -68,10 +68,8 @@ class MergeLinears(RewritePass[LinearOperator, Merge]):
         assert first is not None and isinstance(op, Conv | Linear)  # otherwise it is no candidate
         if first.hooked:
             return HOOKED
-        readers = graph.readers(first.output)
-        if len(readers) > 1:
-            names = listed(reader.name for reader in readers)
-            return Missed("shared-output", f"{graph.describe(first.output)} is read by more than this: {names}")
+        if (shared := shared_output(graph, first.output, shapes=True)) is not None:
+            return shared
         pair = _pair(graph, first, op)
         if isinstance(pair, Missed):
             return pair

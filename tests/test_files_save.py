@@ -348,6 +348,14 @@ def test_never_over_the_data_of_another_model(layout, location, tmp_path):
     assert number_in(tmp_path / "a.onnx") == 1
 
 
+def test_links_that_lead_nowhere_are_no_other_models(tmp_path):
+    save(filled(1), tmp_path / "a.onnx", layout="external")
+    (tmp_path / "gone.onnx").symlink_to(tmp_path / "nothing")
+    (tmp_path / "loop.onnx").symlink_to(tmp_path / "loop.onnx")
+    save(filled(2), tmp_path / "a.onnx", layout="external")
+    assert number_in(tmp_path / "a.onnx") == 2
+
+
 def test_a_model_beside_data_that_only_another_reads(tmp_path):
     """What is replaced is the model alone."""
     save(filled(1), tmp_path / "a.onnx", layout="external")

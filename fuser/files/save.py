@@ -290,8 +290,10 @@ def _moved(target: Path, data: Path, aside: Path, stack: ExitStack) -> Replaceme
 def _other_reader(data: Path, target: Path) -> Path | None:
     """Another model beside `target` that reads the data file, and would be spoilt by another one in its place."""
     for path in sorted(target.parent.glob("*.onnx")):
-        if path.resolve() != target and path.stat().st_size <= _MOST_WITH_DATA and _reads(path, data):
-            return path
+        with suppress(OSError):  # a link that leads nowhere
+            is_other = Path(os.path.realpath(path)) != target and path.stat().st_size <= _MOST_WITH_DATA
+            if is_other and _reads(path, data):
+                return path
     return None
 
 

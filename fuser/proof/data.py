@@ -32,15 +32,14 @@ def given(inputs: Any, specs: Sequence[Spec]) -> list[InputSet]:
     return [InputSet("given", _in_order([inputs], specs, "the given data"))]
 
 
-def check_paths(inputs: Any) -> None:
-    """Raise `InputError` for a path among the `inputs` at which nothing is: before anything is done."""
-    for item in inputs if isinstance(inputs, (list, tuple)) else [inputs]:
-        if isinstance(item, (str, os.PathLike)) and not Path(item).exists():
-            raise InputError(f"there is no {item}; give inputs as .npz, .npy or a test_data_set folder")
+def check_path(inputs: Any) -> None:
+    """Raise `InputError` where the `inputs` are a path at which nothing is."""
+    if isinstance(inputs, (str, os.PathLike)) and not Path(inputs).exists():
+        raise InputError(f"there is no {inputs}; give inputs as .npz, .npy or a test_data_set folder")
 
 
 def _from_path(path: Path, specs: Sequence[Spec]) -> list[InputSet]:
-    check_paths(path)
+    check_path(path)
     if path.is_dir():
         folders = sorted(path.glob("test_data_set_*"), key=_number) or [path]
         return [InputSet(folder.name, _in_order(_folder(folder), specs, str(folder))) for folder in folders]

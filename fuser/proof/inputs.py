@@ -90,17 +90,18 @@ def symbols_of(specs: Sequence[Spec]) -> list[str]:
     return list(found)
 
 
-def base_sizes(specs: Sequence[Spec]) -> list[dict[str, int]]:
+def base_sizes(specs: Sequence[Spec]) -> list[Sizes]:
     """Sizes to try for the open symbols, the likeliest first: batches of one, everything else alike.
 
     What would take more than LARGE elements is left out, where others take fewer.
     """
     different = {tuple(sizes.values()): sizes for sizes in _base_sizes(specs)}.values()
     counts = [sum(_elements(spec, sizes) for spec in specs) for sizes in different]
-    return [sizes for sizes, count in zip(different, counts, strict=True) if count <= max(LARGE, min(counts))]
+    most = max(LARGE, min(counts))
+    return [sizes for sizes, count in zip(different, counts, strict=True) if count <= most]
 
 
-def _base_sizes(specs: Sequence[Spec]) -> Iterator[dict[str, int]]:
+def _base_sizes(specs: Sequence[Spec]) -> Iterator[Sizes]:
     symbols = symbols_of(specs)
     batch = _batch_symbols(specs)
     if not symbols:

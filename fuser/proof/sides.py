@@ -207,7 +207,7 @@ class OnnxSide:
         ranks = (4, 2, 3, 1, 5) if inputs.unknown_rank(self.specs) else (0,)
         for rank in ranks:
             specs = inputs.with_rank(self.specs, rank)
-            sizes: list[Sizes] = [*inputs.base_sizes(specs)]
+            sizes = inputs.base_sizes(specs)
             yield specs, sizes[:1]
             if sizes[1:]:
                 yield specs, sizes[1:]

@@ -161,17 +161,16 @@ class OnnxGraph:
 
     def read(self, node: Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
-        self._forget_readings()
+        if self._read_at != self.edits:  # what was read holds until the next edit
+            self._forget_readings()
         if id(node) not in self._readings:
             self._readings[id(node)] = self._read(node)
         return self._readings[id(node)]
 
     def _forget_readings(self) -> None:
-        """What was read holds until the next edit."""
-        if self._read_at != self.edits:
-            self._readings.clear()
-            self._readers.clear()
-            self._read_at = self.edits
+        self._readings.clear()
+        self._readers.clear()
+        self._read_at = self.edits
 
     def _read(self, node: Node) -> Op | None:
         scope = node.scope
@@ -189,7 +188,8 @@ class OnnxGraph:
         return None if node is None else self.read(node)
 
     def readers(self, value: Value) -> Sequence[Reader]:
-        self._forget_readings()
+        if self._read_at != self.edits:
+            self._forget_readings()
         if id(value) not in self._readers:
             self._readers[id(value)] = self._who_reads(value)
         return self._readers[id(value)]
@@ -481,8 +481,7 @@ class OnnxGraph:
     def commit(self) -> None:
         self.wiring.sweep(keep=self.known.overridable)
         self.wiring.settle()
-        self._readings.clear()
-        self._readers.clear()
+        self._forget_readings()
 
     def to_model(self) -> ModelFile:
         """Patch what changed into the model and return it; this graph is not to be used after that."""
@@ -504,8 +503,7 @@ class OnnxGraph:
         """
         if self._learned_at != self.edits:
             self.known.learn()
-            self._readings.clear()
-            self._readers.clear()
+            self._forget_readings()
             self._learned_at = self.edits
         targets = {id(tensor.producer) for node in self.wiring.of(["Reshape"]) for tensor in node.inputs[1:]}
         for node in self.wiring.order:

@@ -214,17 +214,15 @@ class Wiring:
         for name in _names(scope.proto.input):
             if name not in scope.names:  # before IR 4, and where a caller may replace it, it is an initializer, too
                 self._define(scope, Variable(name))
-        given = set(scope.names)
         for proto, node in zip(scope.proto.node, scope.nodes, strict=True):
             for name in proto.output[:]:
-                output = scope.names.get(name) if name else ABSENT
-                if output is None:
-                    self._define(scope, output := Variable(name))
-                node.outputs.append(output)
-                if output is ABSENT:
+                if not name:
+                    node.outputs.append(ABSENT)
                     continue
-                if output.producer is not None or name in given:
+                if name in scope.names:
                     raise InputError(f"not a valid ONNX model: the value {name!r} is made twice")
+                self._define(scope, output := Variable(name))
+                node.outputs.append(output)
                 output.producer = node
 
     def _define(self, scope: Scope, tensor: Tensor) -> None:
