@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fuser.proof.compare import FACTOR, Figures, Judge, bit_identical, figures
-from fuser.proof.rounding import Nudge, unit_roundoff
+from fuser.proof.rounding import Nudge, run_roundoff, unit_roundoff
 
 RNG = np.random.default_rng(7)
 U = unit_roundoff(np.float32)
@@ -32,6 +32,22 @@ def test_without_noise_a_rounding_of_the_output_is_allowed_and_not_much_more() -
     assert Judge(TRUTH, [], U).judge(TRUTH * (1 + U)).fine
     assert not Judge(TRUTH, [], U).judge(TRUTH * (1 + 8 * U)).fine
     assert Judge(TRUTH, [], unit_roundoff(np.float16)).judge(TRUTH.astype(np.float16)).fine
+
+
+def test_a_sum_may_begin_with_a_bias_far_larger_than_its_products() -> None:
+    products = np.float32(1e-3) * RNG.standard_normal((576, 8, 64)).astype(np.float32)
+    bias = RNG.uniform(1, 2, (8, 1)).astype(np.float32)
+    truth = bias + products.sum(0, np.float64)
+    candidate = np.broadcast_to(bias, truth.shape)
+    for product in products:
+        candidate = candidate + product  # as the kernels of some processors do
+    original = (bias + products.sum(0)).astype(np.float32)
+    assert candidate.dtype == np.float32
+    assert not Judge(truth, [original], U).judge(candidate).fine
+    judge = Judge(truth, [original], run_roundoff(np.float32, 576))
+    assert judge.judge(candidate).fine
+    assert not judge.judge(truth * (1 + 2e-5)).fine
+    assert run_roundoff(np.float16, 576) < 1.01 * unit_roundoff(np.float16)  # its sums are of float32
 
 
 def test_one_channel_is_not_lost_among_large_ones() -> None:

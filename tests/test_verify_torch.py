@@ -226,3 +226,34 @@ def test_rounding_that_a_normalization_makes_large_is_no_fault_of_a_fold() -> No
     x = torch.randn(2, 4, 8, 8)
     report = fuser.optimize(module, example_inputs=(x,), passes=["fold-batch-norm"]).report
     assert report.verification.passed and len(report.applied) == 1
+
+
+class Product(nn.Module):
+    """As most kernels compute it: the bias comes last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(2)
+        self.weight = nn.Parameter(torch.randn(4, 576, generator=generator) / 24)
+        self.bias = nn.Parameter(1 + torch.rand(4, generator=generator))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+class BiasFirst(Product):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.bias.expand(len(x), 4)
+        for column, weights in zip(x.T, self.weight.T, strict=True):
+            y = torch.addcmul(y, column[:, None], weights)
+        return y
+
+
+def test_a_sum_that_begins_with_its_bias_may_round_at_each_product() -> None:
+    x = 1e-3 * torch.randn(64, 576, generator=torch.Generator().manual_seed(3))
+    result = verify(Product(), BiasFirst(), example_inputs=(x,), inputs=[x.numpy()])
+    assert result.passed and result.outputs[0].max_abs > 4 * result.outputs[0].original
+    wrong = BiasFirst()
+    with torch.no_grad():
+        wrong.bias[1] *= 1 + 2e-6
+    assert verify(Product(), wrong, example_inputs=(x,), inputs=[x.numpy()]).verdict == "different"

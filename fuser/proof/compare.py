@@ -7,9 +7,10 @@ channel is not lost among good ones):
     and the same for the largest absolute value
 
 `reference` is the float64 truth of the original (or, where that cannot be had, its own output), u the unit roundoff
-of the output's type, and `noise`, element by element, the largest distance from the reference of any evaluation
-that is right by definition: the original at run time, and the original with constants or inputs moved by one
-rounding.  NaN and infinity must stand where some right evaluation has them.
+of the output's type (of a run, with that of the sums in it: `rounding.run_roundoff`), and `noise`, element by element,
+the largest distance from the reference of any evaluation that is right by definition: the original at run time, and
+the original with constants or inputs moved by one rounding.  NaN and infinity must stand where some right evaluation
+has them.
 
 Integers, booleans and strings must be equal, except where right evaluations do not agree among themselves: there
 the value is decided by rounding (the arg max of a tie), and nothing can be asked of it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ml_dtypes
@@ -33,6 +34,16 @@ def unit_roundoff(dtype: Any) -> float:
 def roundoff(dtype: Any) -> float:
     """`unit_roundoff`, but never below what a whole float64 evaluation rounds."""
     return max(unit_roundoff(dtype), _EVALUATION)
+
+
+def run_roundoff(dtype: Any, terms: int) -> float:
+    """The relative error of an output of `dtype` that a runtime computes as a sum of so many products.
+
+    A sum that begins with its bias rounds at each product, to the size of the bias, however small the products are.
+    Such roundings are independent, so that their sum grows with the root of their number (Higham and Mary 2019, "A
+    new approach to probabilistic rounding error analysis"); sums are kept in float32, or better.
+    """
+    return roundoff(dtype) + math.sqrt(terms) * min(roundoff(dtype), unit_roundoff(np.float32))
 
 
 def largest(dtype: Any) -> float:

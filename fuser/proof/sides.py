@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -48,6 +48,7 @@ class Side(Protocol):
     runner: how it is run.
     is_seeded: whether two models that draw alike draw the same numbers.
     size: the elements of its constants.
+    terms: products in its longest sum, as far as the weights tell.
     overridable: inputs with a default that both models have.
     """
 
@@ -55,6 +56,7 @@ class Side(Protocol):
     runner: Any
     is_seeded: bool
     size: int
+    terms: int
     overridable: Any
 
     def is_random(self) -> bool:
@@ -119,6 +121,7 @@ class OnnxSide:
         self.overridable: list[str] = []
         self.output_names = [value.name for value in graph.output]
         self.size = sum(math.prod(tensor.dims) for tensor in graph.initializer)
+        self.terms = longest_row(tensor.dims for tensor in graph.initializer)
         self.runner: Runner = OnnxRunner(path, [*self.input_names, *self.default_names], worker, timeout)
         self._dtypes = {
             value.name: FORMATS[value.type.tensor_type.elem_type].dtype
@@ -248,6 +251,11 @@ class OnnxSide:
         if not isinstance(self.runner, Float64Runner):
             return output.dtype
         return self._dtypes.get(name, output.dtype)
+
+
+def longest_row(shapes: Iterable[Sequence[int]]) -> int:
+    """The most elements that a row of a weight has: what makes one output channel, [Cout, Cin/groups, *kernel]."""
+    return max((math.prod(shape[1:]) for shape in shapes if len(shape) > 1), default=0)
 
 
 def finite(outputs: list[Any]) -> bool:

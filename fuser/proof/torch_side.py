@@ -19,7 +19,7 @@ from fuser.proof.float64_torch import InFloat64, nudge, to_numpy, to_torch
 from fuser.proof.inputs import InputSet, Sizes, Spec
 from fuser.proof.outcome import Failure, Outcome, first_line
 from fuser.proof.runners import Feeds
-from fuser.proof.sides import OnnxSide, Probe, finite
+from fuser.proof.sides import OnnxSide, Probe, finite, longest_row
 
 
 class TorchRunner:
@@ -98,6 +98,7 @@ class TorchSide:
     def __init__(self, model: torch.nn.Module | torch.export.ExportedProgram, arguments: Arguments) -> None:
         module = model.module() if isinstance(model, torch.export.ExportedProgram) else model
         self.arguments = arguments
+        self.terms = longest_row(tensor.shape for tensor in (*module.parameters(), *module.buffers()))
         self.runner: Any = TorchRunner(module, arguments)
         # The outputs are known once it has been run on the examples.
         example = self.runner.run([arguments.examples])[0]

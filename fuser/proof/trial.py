@@ -19,7 +19,7 @@ import numpy as np
 from fuser.proof.compare import BLIND, Array, Figures, Judge, Judgement, bit_identical, figures
 from fuser.proof.inputs import InputSet
 from fuser.proof.outcome import Failure, Outcome
-from fuser.proof.rounding import is_float, roundoff, unit_roundoff
+from fuser.proof.rounding import is_float, run_roundoff, unit_roundoff
 from fuser.proof.runners import OnnxRunner
 from fuser.proof.sides import Side
 from fuser.proof.verification import Truth
@@ -126,7 +126,7 @@ class Trial:
         judgement = Judgement()
         for samples in self._stages(lambda: self._nudge(FIRST_NUDGES), more):
             right = [self._original[name], *(sample[name] for sample in samples if name in sample)]
-            judgement = Judge(truth[name], right, self._roundoff(name)).judge(self._candidate[name])
+            judgement = Judge(truth[name], right, self._roundoff(name, self._after.terms)).judge(self._candidate[name])
             if judgement.fine or (judgement.excess > HOPELESS and samples):
                 break
         return judgement
@@ -137,9 +137,10 @@ class Trial:
 
         def judge(name: str) -> Judgement:
             judgement = Judgement()
+            roundoff = self._roundoff(name, self._before.terms) + self._roundoff(name, self._after.terms)
             for samples in self._stages(lambda: self._move(_FIRST_MOVES), lambda: self._move(_MORE_MOVES)):
                 right = [sample[name] for sample in samples if name in sample]
-                judgement = Judge(self._original[name], right, 2 * self._roundoff(name)).judge(self._candidate[name])
+                judgement = Judge(self._original[name], right, roundoff).judge(self._candidate[name])
                 if judgement.fine or (judgement.excess > HOPELESS and samples):
                     break
             return judgement
@@ -245,9 +246,10 @@ class Trial:
     def _sample(self, outcome: Outcome) -> dict[str, Any]:
         return {} if isinstance(outcome, Failure) else dict(_named(self._before.output_names, outcome))
 
-    def _roundoff(self, name: str) -> float:
+    def _roundoff(self, name: str, terms: int = 0) -> float:
+        """Of one output, computed as a sum of so many products."""
         dtype = self._before.output_dtype(name, self._original[name])
-        return roundoff(dtype) if is_float(dtype) else 0.0
+        return run_roundoff(dtype, terms) if is_float(dtype) else 0.0
 
 
 def _named(names: list[str], outputs: list[Any]) -> Iterator[tuple[str, Any]]:
