@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -77,13 +78,23 @@ DATA_TYPES = {format.dtype: data_type for data_type, format in FORMATS.items()}
 
 def stored_size(tensor: onnx.TensorProto) -> int:
     """The bytes of a tensor's raw data.  Raises `InputError` for a negative dimension or a type without such."""
-    dims = tensor.dims[:]
-    if len(dims) > _MAX_RANK or (dims and min(dims) < 0):
-        raise InputError(f"tensor {shown(tensor.name)} has an impossible shape, {shown(dims)}; the file is corrupt")
-    format = FORMATS.get(tensor.data_type)
-    if format is None:
-        found = _type_name(tensor.data_type)
-        raise InputError(f"tensor {shown(tensor.name)} has raw data of a type that this version cannot read: {found}")
+    dims = tuple(tensor.dims[:])
+    size = _stored_size(tensor.data_type, dims)
+    if size is not None:
+        return size
+    if tensor.data_type in FORMATS:
+        found = shown(list(dims))
+        raise InputError(f"tensor {shown(tensor.name)} has an impossible shape, {found}; the file is corrupt")
+    found = _type_name(tensor.data_type)
+    raise InputError(f"tensor {shown(tensor.name)} has raw data of a type that this version cannot read: {found}")
+
+
+@lru_cache(maxsize=1 << 12)
+def _stored_size(data_type: int, dims: tuple[int, ...]) -> int | None:
+    """None for what cannot be stored."""
+    format = FORMATS.get(data_type)
+    if format is None or len(dims) > _MAX_RANK or (dims and min(dims) < 0):
+        return None
     count: int = math.prod(dims)
     return (count * format.bits + 7) // 8
 

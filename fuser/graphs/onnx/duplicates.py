@@ -30,6 +30,8 @@ def duplicate_nodes(wiring: Wiring) -> Iterator[tuple[Node, Node]]:
     for node in wiring.order:
         if node.erased or node.op in _NEVER_TWINS or not is_standard(node) or node.scope.frozen:
             continue
+        if any(tensor.known and tensor.producer is None and len(tensor.slots) == 1 for tensor in node.inputs):
+            continue  # a twin would read the same initializers
         call = _call(node)
         if (other := first.setdefault(call, node)) is node:
             continue

@@ -105,10 +105,10 @@ class KnownValues:
         """Whether all that the node makes is known: its inputs are, and it does the same every time."""
         if id(node) in self._sized:
             return True
-        if node.op not in _FOLDABLE or not is_standard(node):
-            return False
         if node.inputs and not node.inputs[0].known and node.op not in _NEED_A_SHAPE:
             return False  # mostly the first operand decides; no such operator can go without it
+        if node.op not in _FOLDABLE or not is_standard(node):
+            return False
         scope = node.scope
         if scope.frozen or scope.opset < OLDEST_OPSET:
             return False
@@ -182,7 +182,7 @@ class KnownValues:
     def learn(self) -> None:
         """Look again at what was not known: edits make shapes known, and sizes are made of shapes."""
         for node in self._wiring.order:
-            if not node.erased and not all(output.known for output in node.outputs):
+            if not node.erased and not (node.outputs and node.outputs[0].known):
                 self._classify(node)
 
     def _target(self, tensor: Tensor) -> Shape | None:

@@ -350,8 +350,8 @@ def _topological(nodes: list[Node], captured: Mapping[int, Sequence[Tensor]]) ->
 def _are_in_order(nodes: list[Node], captured: Mapping[int, Sequence[Tensor]]) -> bool:
     ahead = set(map(id, nodes))
     for node in nodes:
-        for tensor in (*node.inputs, *captured.get(id(node), ())):
-            if id(tensor.producer) in ahead:
+        for tensor in (*node.inputs, *captured.get(id(node), ())) if captured else node.inputs:
+            if tensor.producer is not None and id(tensor.producer) in ahead:
                 return False
         ahead.remove(id(node))
     return True
