@@ -7,16 +7,18 @@
     python benchmarks/scale.py --write              # put the tables into benchmarks/RESULTS.md
 
 Every run is a fresh process.  Seconds are its wall time without the start of the interpreter and its imports, the
-best of three; memory is the highest resident set of any process of the run.  The exponent is the slope
-of log(seconds) over log(nodes): 1 is linear, 2 quadratic.  A tool that takes longer than `--timeout` is said so, and
-not asked for what is larger still.  "fuser" rewrites and checks each rewrite on a window, "fuser, verified" also runs
-both models and compares them, which no peer does unless asked.
+best of three rounds over all files, so that a slow minute of the machine spoils no size more than another; memory is
+the highest resident set of any process of that run.  The exponent is the slope of log(seconds) over log(nodes): 1 is
+linear, 2 quadratic.  A tool that takes longer than `--timeout` is said so, and not asked for what is larger still.
+"fuser" rewrites and checks each rewrite on a window, "fuser, verified" also runs both models and compares them, which
+no peer does unless asked.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 CHANNELS = 4
 
-REPEATS = 3
+ROUNDS = 3
 
 RUN = """
 import json, resource, time
@@ -153,28 +155,23 @@ def external(folder: Path, layers: int, channels: int = 512) -> Path:
 
 
 def measure(tool: str, source: Path, timeout: float, whole: bool) -> tuple[float, float] | str:
-    """(seconds, peak MB), or what went wrong in a few words."""
+    """(seconds, peak MB) of one run, or what went wrong in a few words."""
     target = source.with_name("out.onnx")
     setup, call = TOOLS[tool]
     options = {"source": str(source), "target": str(target), "whole": repr("whole" if whole else True)}
     script = RUN.format(setup=setup, call=call.format(**options))
-    best: tuple[float, float] | None = None
-    for _ in range(REPEATS):
-        os.sync()  # who writes is held up while much is still to be brought to the disk
-        try:
-            done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout)
-        except subprocess.TimeoutExpired:
-            return f"over {timeout:g} s"
-        finally:
-            for path in source.parent.glob(f"{target.name}*"):
-                path.unlink()
-        if done.returncode:
-            return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:40]
-        seconds, megabytes = json.loads(done.stdout.strip().splitlines()[-1])
-        if best is None or seconds < best[0]:
-            best = seconds, megabytes
-    assert best is not None
-    return best
+    os.sync()  # who writes is held up while much is still to be brought to the disk
+    try:
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        return f"over {timeout:g} s"
+    finally:
+        for path in source.parent.glob(f"{target.name}*"):
+            path.unlink()
+    if done.returncode:
+        return (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:40]
+    seconds, megabytes = json.loads(done.stdout.strip().splitlines()[-1])
+    return seconds, megabytes
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
@@ -182,37 +179,46 @@ def exponent(sizes: list[int], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(seconds), 1)[0])
 
 
-def compare(title: str, files: Iterator[Path], tools: list[str], timeout: float, whole: bool = False) -> str:
+def compare(title: str, files: list[Path], tools: list[str], timeout: float, whole: bool = False) -> str:
     """A table with a row for each file, largest last, and a column for each tool; then the exponents."""
+    best: dict[tuple[str, Path], tuple[float, float] | str] = {}
+    for _ in range(ROUNDS):
+        for tool in tools:
+            for path in files:
+                so_far = best.get((tool, path), (math.inf, 0.0))
+                found = so_far if isinstance(so_far, str) else measure(tool, path, timeout, whole)
+                print(f"{title}: {tool}, {path.name}: {found}", file=sys.stderr)
+                if isinstance(found, str):
+                    best.setdefault((tool, path), found)  # a slow minute does not undo what was measured before
+                    break
+                best[tool, path] = min(so_far, found)
     rows: list[list[str]] = []
     times: dict[str, list[tuple[int, float]]] = {tool: [] for tool in tools}
-    late: set[str] = set()
     for path in files:
         nodes = len(onnx.load(path, load_external_data=False).graph.node)
         size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
         row = [f"{nodes:,}", f"{size / 1e6:,.0f}"]
         for tool in tools:
-            found = "not run" if tool in late else measure(tool, path, timeout, whole)
-            if isinstance(found, str):
-                late.add(tool)
-                row.append(found)
-            else:
-                row.append(f"{found[0]:.2f}, {found[1]:,.0f}")
-                times[tool].append((nodes, found[0]))
+            match best.get((tool, path), "not run"):
+                case str(problem):
+                    row.append(problem)
+                case seconds, megabytes:
+                    row.append(f"{seconds:.2f}, {megabytes:,.0f}")
+                    times[tool].append((nodes, seconds))
         rows.append(row)
-        print(f"{title}: {', '.join(row)}", file=sys.stderr)
     slopes = [exponent(*map(list, zip(*t, strict=True))) if len(t) > 1 else None for t in times.values()]
     if any(slope is not None for slope in slopes):
         rows.append(["exponent", "", *["" if slope is None else f"{slope:.2f}" for slope in slopes]])
     return f"{title}:\n\n{results.table(['nodes', 'MB', *(f'{tool}: s, MB' for tool in tools)], rows)}"
 
 
-def saved(folder: Path, models: Iterable[onnx.ModelProto]) -> Iterator[Path]:
-    """Each model in a file, one after the other."""
-    for model in models:
-        path = folder / "model.onnx"
-        onnx.save(model, path)
-        yield path
+def saved(folder: Path, models: Iterable[onnx.ModelProto]) -> list[Path]:
+    """Each model in a file of its own."""
+    paths = []
+    for number, model in enumerate(models):
+        paths.append(folder / f"model{number}.onnx")
+        onnx.save(model, paths[-1])
+    return paths
 
 
 def main() -> None:
@@ -243,7 +249,7 @@ def tables(folder: Path, tools: list[str], options: argparse.Namespace) -> Itera
     if options.large:
         large = saved(folder, (chain(n, channels=512, kernel=3) for n in (100,)))
         yield compare("100 convolutions of 512x512x3x3 in one file", large, tools, options.timeout, whole=True)
-        huge = iter([external(folder, 430)])
+        huge = [external(folder, 430)]
         yield compare("430 of them with external data", huge, tools[:1], 10 * options.timeout)
 
 
