@@ -579,6 +579,8 @@ def constants_of(graph: Graph, op: Conv | Linear) -> Constants | Missed:
     weight = graph.constant(op.weight)
     if isinstance(weight, Missed):
         return Missed(weight.code, f"the weight of {graph.describe(op)}: {weight.reason}", weight.remedy)
+    if weight.dtype.kind in "biuc":
+        return Missed("type", f"the weight of {graph.describe(op)} is of {weight.dtype}, not of real floating point")
     alpha, beta = (op.alpha, op.beta) if isinstance(op, Linear) else (1.0, 1.0)
     outputs = layout_of(op).outputs(weight.shape)
     if op.bias is None or beta == 0:

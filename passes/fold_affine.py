@@ -13,7 +13,7 @@ Refusals:
     not-per-channel  the constant varies along more than one axis
     broadcasts       the result is larger than the operand, or may be
     rounds           the number added is so large that its type has no digits behind the point: x + 1.5e7 - 1.5e7 rounds
-    overridable, quantized, no-linear, shared-output, axis-mismatch, rank, padding, written, grows,
+    type, overridable, quantized, no-linear, shared-output, axis-mismatch, rank, padding, written, grows,
     not-monotone, shape-mismatch, not-finite, shared-weights, unsound: as for fold-batch-norm
 """
 

@@ -15,6 +15,7 @@ Refusals:
     not-per-channel   BatchNormalization-7 with spatial=0 keeps statistics for each element
     not-constant      a parameter, weight or bias is not known before run time
     overridable       a parameter, weight or bias is an initializer that the caller may replace
+    type              the weight is not of real floating point numbers
     quantized         the weight is quantized, and not by a positive factor for each output channel
     no-linear         no linear operator makes its input, and not all readers of its output can take it
     shared-output     what it normalizes is read elsewhere, too

@@ -10,8 +10,8 @@ Refusals:
     no-linear       something else reads it, too, such as the sum around a residual branch
     grows           the readers would have to store more than the normalization frees: a copy of a tied weight, or a
                     bias for a matrix product that has none
-    not-constant, overridable, axis-mismatch, rank, padding, written, shape-mismatch, not-finite, quantized, hooks,
-    shared-weights, unsound: as for fold-batch-norm
+    type, not-constant, overridable, axis-mismatch, rank, padding, written, shape-mismatch, not-finite, quantized,
+    hooks, shared-weights, unsound: as for fold-batch-norm
 """
 
 from __future__ import annotations

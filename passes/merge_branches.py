@@ -16,8 +16,8 @@ Refusals:
     padding        a step pads with zeros, where the one before it would have made something else of them
     written        the input is written in place, so that it is not the same for both branches
     shared-output  the branch that stays is read elsewhere, too
-    not-constant, overridable, quantized, training-mode, rank, axis-mismatch, shape-mismatch, not-finite, hooks,
-    shared-weights, unsound: as for fold-batch-norm
+    type, not-constant, overridable, quantized, training-mode, rank, axis-mismatch, shape-mismatch, not-finite,
+    hooks, shared-weights, unsound: as for fold-batch-norm
 """
 
 from __future__ import annotations

@@ -157,11 +157,11 @@ NEWER: dict[str, Any] = {"opset": 19, "ir_version": 9}
 """What the reference evaluator needs for DequantizeLinear."""
 
 
-def quantized(axis: int | None, gamma: np.ndarray, linear: bool = False) -> onnx.ModelProto:
+def quantized(axis: int | None, gamma: np.ndarray, linear: bool = False, scales: int = 4) -> onnx.ModelProto:
     rng = np.random.default_rng(3)
     shape = (4, 4) if linear else (4, 4, 3, 3)
     tensors = constants(gamma=gamma, q=rng.integers(-100, 100, shape).astype(np.int8))
-    scale: Any = 0.25 if axis is None else rng.uniform(0.1, 1, 4)
+    scale: Any = 0.25 if axis is None else rng.uniform(0.1, 1, scales)
     tensors = {name: a if a.dtype == np.int8 else a.astype(np.float32) for name, a in tensors.items()}
     tensors["scale"] = np.asarray(scale, np.float32)
     tensors.pop("w")
@@ -193,11 +193,14 @@ def test_a_weight_quantized_per_channel_keeps_its_integers(linear: bool) -> None
         quantized(0, np.array([1.0, -1, 1, 1])),
         quantized(0, np.array([1.0, 0, 1, 1])),
         quantized(0, np.ones(4), linear=True),
+        quantized(0, np.ones(4), scales=1),
     ],
-    ids=["per-tensor", "other-axis", "negative", "zero", "linear-other-axis"],
+    ids=["per-tensor", "other-axis", "negative", "zero", "linear-other-axis", "one-for-the-axis"],
 )
 def test_quantized(proto: onnx.ModelProto) -> None:
     assert refused(proto, FOLD) == {"quantized": 1}
+    (missed,) = [r for r in fuser.explain(proto, passes=["fold-batch-norm"]).missed]
+    assert "channels there" not in missed.reason
 
 
 def test_training_mode() -> None:

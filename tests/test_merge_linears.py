@@ -283,6 +283,19 @@ def test_shape_mismatch() -> None:
     assert refused(proto, MERGE) == {"shape-mismatch": 1}
 
 
+def test_type() -> None:
+    """Of integers, and of complex numbers, whose imaginary parts float64 would drop."""
+    whole = {name: RNG.integers(0, 9, (6, 6)) for name in ("m", "n")}
+    nodes = [node("MatMul", ["x", "m"], ["h"]), node("MatMul", ["h", "n"])]
+    assert refused(model(nodes, constants=whole, dtype=onnx.TensorProto.INT64, x=(5, 6)), MERGE) == {"type": 1}
+    net = nn.Sequential(nn.Linear(6, 6, dtype=torch.complex64), nn.Linear(6, 6, dtype=torch.complex64))
+    x = torch.randn(3, 6, dtype=torch.complex64)
+    for options in ({}, {"example_inputs": (x,)}):
+        result = fuser.optimize(net, verify=False, **options)
+        assert [(r.pass_name, r.code) for r in result.report.missed] == [("merge-linears", "type")]
+        assert torch.equal(result.model(x), net(x))
+
+
 def test_axis_mismatch() -> None:
     nodes = [node("Gemm", ["x", "m"], ["h"]), node("Gemm", ["h", "k"], transA=1)]
     proto = model(nodes, constants={**CONSTANTS, **tensors(k=(8, 3))}, dtype=DOUBLE, x=(8, 6))

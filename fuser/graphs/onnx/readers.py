@@ -537,6 +537,9 @@ def _dequantize(n: NodeReader) -> ops.Op:
     if (scale_rank := n.rank(scale)) > 1:  # blocked quantization
         raise Unreadable
     axis = n.axis(n.attribute("axis", 1), n.required(0)) if scale_rank else None
+    shape = n.graph.shape(n.required(0))
+    if axis is not None and n.graph.shape(scale) == (1,) and (shape is None or shape[axis] != 1):
+        axis = None  # one for all of them, however it is written
     return ops.Dequantize(n.node, n.output, n.required(0), scale, n.input(2), axis)
 
 
