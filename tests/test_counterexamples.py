@@ -542,6 +542,37 @@ def test_a_reshape_that_says_better_than_inference_stays() -> None:
     onnx.checker.check_model(result, full_check=True)
 
 
+def test_one_name_for_two_sizes() -> None:
+    """Some exporters call every size that is dynamic "N"."""
+    nodes = [
+        node("Shape", ["x"], ["s"]),
+        node("Gather", ["s", "order"], ["t"]),
+        node("Reshape", ["x", "t"], ["q"]),
+        node("Relu", ["q"]),
+    ]
+    turned = {"order": np.array([0, 1, 3, 2])}
+    check(model(nodes, ["N", 3, "N", "N"], [None] * 4, turned), normal(1, 3, 4, 6), normal(2, 3, 2, 5))
+    declared = {"q": ["N", 3, "N", "N"]}
+    check(model(nodes, ["N", 3, "N", "N"], ["N", 3, "N", "N"], turned, declared), normal(1, 3, 4, 6))
+
+
+def test_the_names_of_the_sizes_of_an_output_may_be_wrong() -> None:
+    """A runtime only warns of them."""
+    nodes = [
+        node("Slice", ["x", "first", "last", "axis", "step"], ["y"]),
+        node("Concat", ["y", "y"], ["c"], axis=2),
+        node("Shape", ["x"], ["s"]),
+        node("Reshape", ["c", "s"], ["z"]),
+    ]
+    constants = {"first": np.array([0]), "last": np.array([2**31 - 1]), "axis": np.array([1]), "step": np.array([2])}
+    proto = model(nodes, ["N", "T", 8], ["N", "T", 8], constants)
+    proto.graph.output.append(helper.make_tensor_value_info("z", DOUBLE, ["N", "T", 8]))
+    result = fuser.optimize(proto, verify=False).model
+    for shape in ((1, 6, 8), (2, 4, 8)):
+        (_, z), (_, w) = (ReferenceEvaluator(one).run(None, {"x": np.ones(shape)}) for one in (proto, result))  # type: ignore[misc]
+        np.testing.assert_array_equal(z, w)
+
+
 def test_a_sum_of_more_branches_than_there_are_rounds() -> None:
     count = 130
     nodes = [node("Conv", ["x", f"w{i}"], [f"c{i}"]) for i in range(count)]

@@ -199,7 +199,7 @@ def test_a_weight_quantized_per_channel_keeps_its_integers(linear: bool) -> None
 )
 def test_quantized(proto: onnx.ModelProto) -> None:
     assert refused(proto, FOLD) == {"quantized": 1}
-    (missed,) = [r for r in fuser.explain(proto, passes=["fold-batch-norm"]).missed]
+    (missed,) = fuser.explain(proto, passes=["fold-batch-norm"]).missed
     assert "channels there" not in missed.reason
 
 

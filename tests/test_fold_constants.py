@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 import torch
 from fuser.passes.fold_constants import FoldConstants
@@ -44,6 +45,40 @@ def test_the_bias_that_torch_writes() -> None:
     ]
     tensors = {"w": conv_constants()["w"], "zero": np.array(0, np.int64), "shape": np.array([4])}
     assert op_types(applied(model(nodes, constants=tensors), FOLD, bound=0).graph) == ["Conv"]
+
+
+@pytest.mark.parametrize(
+    ("values", "to"),
+    [
+        (np.array([1 + 2**-11 + 2**-40, 65519.999999]), onnx.TensorProto.FLOAT16),  # by way of float32
+        (np.array([2.0**24 + 1, 0.1], np.float32), onnx.TensorProto.STRING),
+        (np.array([True, False]), onnx.TensorProto.STRING),
+        (np.array([0.1, 3.0]), onnx.TensorProto.FLOAT),
+        (np.array([-1, 300]), onnx.TensorProto.UINT8),
+    ],
+)
+def test_a_cast_that_loses_something_is_computed_as_the_runtime_does(values: Any, to: int) -> None:
+    back = onnx.TensorProto.STRING if to == onnx.TensorProto.STRING else onnx.TensorProto.DOUBLE
+    casts = [node("Cast", ["a"], ["b"], to=to), node("Cast", ["b"], ["c"], to=back)]
+    x, y = (onnx.helper.make_tensor_value_info(name, back, [size]) for name, size in (("x", 1), ("y", 3)))
+    tensors = [onnx.numpy_helper.from_array(values, "a")]
+    graph = onnx.helper.make_graph([*casts, node("Concat", ["c", "x"], axis=0)], "g", [x], [y], tensors)
+    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8)
+    result = fuser.optimize(proto, verify=False, passes=["fold-constants"])
+    assert op_types(result.model.graph) == ["Concat"]
+    feeds = {"x": np.array(["" if back == onnx.TensorProto.STRING else 0.0], object if to == back else None)}
+    before, after = (ort.InferenceSession(one.SerializeToString()).run(None, feeds)[0] for one in (proto, result.model))
+    assert before.dtype == after.dtype and before.tolist() == after.tolist()
+
+
+def test_the_nonzero_of_a_scalar_stays() -> None:
+    """Of which runtimes make different shapes."""
+    nodes = [
+        node("NonZero", ["a"], ["h"]),
+        node("Cast", ["h"], ["c"], to=onnx.TensorProto.FLOAT),
+        node("Add", ["x", "c"]),
+    ]
+    assert refused(model(nodes, constants={"a": np.array(3.0, np.float32)}, x=(1, 1)), FOLD) == {}
 
 
 def test_what_depends_on_the_input_stays() -> None:

@@ -122,6 +122,15 @@ def test_an_exact_rewrite_passes_whatever_kernels_the_runtime_picks_for_constant
     assert not verify(turned, parse(text.format("y = MatMul(x, w)"), w=moved), contract="exact").passed
 
 
+def test_what_the_runtime_makes_otherwise_is_no_rounding(verify: Any) -> None:
+    """By the standard the NonZero of a scalar has the shape [0, N]; who folds it changes what this runtime makes."""
+    text = "g (int64[1,1] x) => (int64[M,N] y) {{ {} }}"
+    original = parse(text.format("h = NonZero (s)  y = Add (h, x)"), s=np.array(3, np.float32))
+    folded = parse(text.format("y = Add (h, x)"), h=np.zeros((0, 1), np.int64))
+    result = verify(original, folded, contract="exact")
+    assert result.verdict == "different" and len(result.outputs) == 1
+
+
 def test_operator_by_operator_the_types_are_those_that_are_stored(tmp_path: Path) -> None:
     text = """g (float[1,2,5,5] x) => (float[1,2,4,4] y, float16[2] z) {
         c = Conv(x, w) n = BatchNormalization(c, s, s, s, s) r = Relu(n) y = AveragePool<kernel_shape = [2, 2]>(r)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -72,6 +73,8 @@ def evaluate(
     """
     if node.op_type not in EVALUABLE:
         raise CannotEvaluate(f"{node.op_type} is not computed ahead of run time")
+    if node.op_type == "NonZero" and any(array is not None and not array.ndim for array in inputs):
+        raise CannotEvaluate("runtimes do not agree on the NonZero of a scalar")
     try:
         predicted = _predicted_shape(node, inputs)
     except (IndexError, TypeError, ValueError) as error:
@@ -97,7 +100,19 @@ def _in_numpy(node: NodeProto, opset: int, feeds: Mapping[str, Array]) -> list[A
     from onnx.reference import ReferenceEvaluator
 
     made = ReferenceEvaluator(node, opsets={"": opset}).run(None, dict(feeds))
-    return [np.asarray(y) if name else None for name, y in zip(node.output, made, strict=True)]
+    found = [np.asarray(y) if name else None for name, y in zip(node.output, made, strict=True)]
+    if node.op_type in ("Cast", "CastLike") and not _is_exact(feeds[node.input[0]], found[0]):
+        raise CannotEvaluate("what is lost is the runtime's choice: by way of float32, wrapped around, as text")
+    return found
+
+
+def _is_exact(before: Array, after: Array | None) -> bool:
+    """Whether numbers are the same in another type."""
+    if after is None or before.dtype.kind in "OSU" or after.dtype.kind in "OSU":
+        return False
+    with np.errstate(all="ignore"):
+        back = after.astype(before.dtype)
+    return back.tobytes() == before.tobytes()
 
 
 def _in_runtime(node: NodeProto, opset: int, feeds: Mapping[str, Array]) -> list[Array | None]:
@@ -197,21 +212,33 @@ def _size(dim: TensorShapeProto.Dimension) -> int | str | None:
 
 @contextlib.contextmanager
 def inputs_named(graph: GraphProto) -> Iterator[None]:
-    """Meanwhile, every size of an input that is not stated has a name of its own, so that it is known where it goes."""
-    named = []
+    """Meanwhile, every size of an input that is not known has a name of its own, so that it is known where it goes.
+
+    A name that one input has twice is none, whatever the standard says: exporters and people call all that is dynamic
+    "N", "dyn" or "?".  Nor are those of outputs, which people give: runtimes only warn where they are not true.
+    """
+    doubtful = {name for info in graph.input for name, count in Counter(_names_of_sizes(info)).items() if count > 1}
+    fields = ("input", "output", "value_info") if doubtful else ("input", "output")
+    kept = GraphProto(**{field: getattr(graph, field) for field in fields})
     for info in graph.input:
-        if info.type.HasField("tensor_type") and info.type.tensor_type.HasField("shape"):
-            for axis, dim in enumerate(info.type.tensor_type.shape.dim):
-                if _size(dim) is None:
-                    named.append((dim, dim.dim_value))
-                    dim.dim_param = f"axis {axis} of {info.name}"
+        for axis, dim in enumerate(info.type.tensor_type.shape.dim):
+            if _size(dim) is None or dim.dim_param in doubtful:
+                dim.dim_param = f"axis {axis} of {info.name}"
+    for field in fields[1:]:
+        for info in getattr(graph, field):
+            for dim in info.type.tensor_type.shape.dim:
+                if field == "output" or dim.dim_param in doubtful:
+                    dim.ClearField("dim_param")
     try:
         yield
     finally:
-        for dim, value in named:
-            dim.ClearField("dim_param")
-            if value:
-                dim.dim_value = value
+        for field in fields:
+            for info, was in zip(getattr(graph, field), getattr(kept, field), strict=True):
+                info.CopyFrom(was)
+
+
+def _names_of_sizes(info: onnx.ValueInfoProto) -> list[str]:
+    return [dim.dim_param for dim in info.type.tensor_type.shape.dim if dim.dim_param]
 
 
 @contextlib.contextmanager
