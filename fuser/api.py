@@ -65,6 +65,8 @@ def optimize(
 ) -> Result:
     """Optimize `model`; the same kind comes out as went in, and what went in is not changed.
 
+    A module that comes out shares with the one that went in the parameters and buffers that no rewrite replaced.
+
     Args:
         model: the path of an .onnx file, an onnx.ModelProto, a gs.Graph, an onnx_ir.Model, a
             torch.onnx.ONNXProgram, a torch.nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram.  A
@@ -112,6 +114,10 @@ def optimize(
     steps = foreign.select(then)
     if steps and not job.source.is_onnx:
         raise InputError("`then` is for ONNX models; use fuser.export, or optimize what torch.onnx.export made")
+    if input_shapes and not job.source.is_onnx:
+        raise InputError("input_shapes is for ONNX models; the shapes of a module's inputs are those of example_inputs")
+    if inputs is not None and job.source.may_lack_inputs:
+        raise InputError("inputs are values for the arguments that example_inputs shows; give example_inputs, too")
     with job.source, ExitStack() as stack:
         if verify:
             check = _check(job.source, stack, example_inputs, example_kwargs, inputs, input_shapes)
@@ -234,6 +240,8 @@ def _select(
     max_growth: int | None,
 ) -> Passes:
     _one_of("shared_weights", shared_weights, ("copy", "refuse"))
+    if max_growth is not None and (not isinstance(max_growth, int) or max_growth < 0):
+        raise InputError(f"max_growth is a number of elements, not {max_growth!r}")
     if isinstance(passes, str) or isinstance(skip, str):
         raise InputError("passes and skip are lists of names")
     options: dict[str, Any] = {} if max_growth is None else {"max_growth": max_growth}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +30,8 @@ app = typer.Typer(
 PIPE_WIDTH = 120
 """Columns where there is no terminal to ask."""
 
-out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_WIDTH)
+_on_terminal = sys.stdout is not None and sys.stdout.isatty()  # it may be closed
+out = Console(width=None if _on_terminal or "COLUMNS" in os.environ else PIPE_WIDTH)
 err = Console(stderr=True)
 
 In = Annotated[Path, typer.Argument(metavar="IN", help="An .onnx file.")]
@@ -131,6 +133,8 @@ def optimize(
     _writable(report, *models, *(map(default_output, models)))
     if verify not in _VERIFY:
         raise InputError(f"--verify takes auto, whole or none, not {verify!r}")
+    if no_verify and verify == "whole":
+        raise InputError("--no-verify and --verify=whole contradict each other")
     asked = _asked(passes, skip, freeze_inputs, shared_weights, max_growth)
     checking: dict[str, Any] = {
         "then": _names(then) or (),
@@ -151,7 +155,13 @@ def optimize(
     if len(models) > 2:
         raise InputError("give IN and OUT, or several models and --output-dir")
     model, output = models[0], models[1] if len(models) > 1 else None
-    if bench and not plan and os.path.realpath(output or default_output(model)) == os.path.realpath(model):
+    if bench and plan:
+        raise InputError("--plan writes nothing that --bench could measure")
+    if bench:
+        from fuser.bench import check_seconds
+
+        check_seconds(bench_seconds)
+    if bench and os.path.realpath(output or default_output(model)) == os.path.realpath(model):
         raise InputError("--bench compares IN with OUT, so OUT must be another file")
     if json and bench:
         raise InputError("--json is the story of the rewrites; measure with `fuser bench IN OUT --json`")
@@ -168,7 +178,7 @@ def optimize(
         out.print(story.render(verbose=verbose))
         if plan:
             out.print("a plan: nothing was written")
-    if bench and not plan:
+    if bench:
         from fuser.bench import benchmark
 
         with _progress(quiet) as progress:
@@ -383,6 +393,8 @@ def list_passes(
     from fuser.pages import page
 
     found = registry.load()
+    if name is not None and pages is not None:
+        raise InputError("--pages writes the page of each pass; leave out its name")
     if name is not None:
         print(page(found.info(name)), end="")
         return
@@ -401,6 +413,9 @@ def list_passes(
 
 def main() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     gc.disable()  # a graph is many linked objects that stay; the cyclic collector would visit them again and again
     try:
         app(_with_values(sys.argv[1:]))

@@ -133,7 +133,9 @@ class OnnxSource(Source):
     def graph(self) -> Graph:
         from fuser.graphs.onnx.graph import OnnxGraph
 
-        graph = OnnxGraph(self._read(), freeze_inputs=self._freeze_inputs)
+        model = self._read()
+        self._stack.callback(model.close)
+        graph = OnnxGraph(model, freeze_inputs=self._freeze_inputs)
         self.removable_inputs, self.notes = graph.removable_inputs, graph.notes
         return graph
 
@@ -267,7 +269,9 @@ def open_source(
 
 
 def default_output(path: Path) -> Path:
-    """`model.onnx` -> `model.fused.onnx`."""
+    """`model.onnx` -> `model.fused.onnx`; raises `InputError` for what names no file."""
+    if not path.name:
+        raise InputError(f"{path} is a folder; name the model file in it")
     return path.with_name(f"{path.name.removesuffix('.onnx')}.fused.onnx")
 
 
@@ -302,6 +306,12 @@ def _torch(
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(example_inputs).__name__}")
     name = type(model).__name__
+    if isinstance(model, torch.nn.Module) and any(
+        map(torch.nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))
+    ):
+        raise InputError(
+            f"this {name} has lazy parts, whose shapes a first call decides: call it once, then optimize it"
+        )
     if isinstance(model, torch.export.ExportedProgram):
         return TorchSource(name, model, lambda: TorchGraph.from_exported_program(model), may_lack_inputs=False)
     if example_inputs is None or isinstance(model, torch.fx.GraphModule):

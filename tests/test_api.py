@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -153,6 +155,75 @@ def test_what_cannot_be_captured_is_one_line() -> None:
         with pytest.raises(InputError) as error:
             fuser.optimize(Branching(), **options)
         assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_trace_would_lose_autocast() -> None:
+    class Mixed(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = self[0](x)
+            return self[1](y.float())
+
+    module = Mixed(*net()[:2])
+    with pytest.raises(InputError, match=r"under torch\.autocast.*give example_inputs"):
+        fuser.optimize(module)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fuser.optimize(net()).report.applied  # around all of it, it is the caller's
+    result = fuser.optimize(module, example_inputs=(X,))
+    assert torch.allclose(result.model(X), module(X), atol=1e-5)
+
+
+def test_lazy_parts() -> None:
+    lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()
+    for options in ({}, {"example_inputs": (X,)}):
+        with pytest.raises(InputError, match="call it once, then optimize it"):
+            fuser.optimize(lazy, **options)
+        assert isinstance(lazy[0], nn.LazyConv2d)
+    lazy(X)
+    assert len(fuser.optimize(lazy, example_inputs=(X,)).report.applied) == 1
+
+
+@pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
+def test_buffers_without_strides(layout: str) -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mix", getattr(torch.eye(6), layout)())
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(self.mix.to_dense() @ x) * 2
+
+    module, x = Mixing().eval(), torch.randn(6, 6)
+    for options in ({}, {"example_inputs": (x,)}):
+        result = fuser.optimize(module, **options)
+        assert torch.allclose(result.model(x), module(x), atol=1e-5)
+        assert [remark.pass_name for remark in result.report.applied] == ["fold-affine"]
+
+
+def test_arguments_for_the_check_that_are_no_use() -> None:
+    with pytest.raises(InputError, match="give example_inputs, too"):
+        fuser.optimize(net(), inputs=(X,))
+    with pytest.raises(InputError, match="input_shapes is for ONNX models"):
+        fuser.optimize(net(), example_inputs=(X,), input_shapes={"x": (1, 4, 8, 8)})
+    for growth in ("a", -1, 2.5):
+        with pytest.raises(InputError, match="max_growth is a number of elements"):
+            fuser.optimize(net_proto(), max_growth=growth)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not list open files there")
+def test_a_model_in_memory_leaves_no_file_open() -> None:
+    proto = model([conv(), batch_norm()], constants=conv_constants(40, 40), x=(1, 40, 8, 8))
+    collecting = gc.isenabled()
+    gc.disable()  # what is linked in circles would go by it
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            assert fuser.optimize(proto, verify=False).report.applied
+        assert len(os.listdir("/proc/self/fd")) == before
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def test_an_output_is_for_onnx_models(tmp_path: Path) -> None:

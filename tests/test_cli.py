@@ -313,6 +313,11 @@ def test_bad_input(command: str, case: str, folder: Path) -> None:
         (["--output-dir", "out", "--passes", "nothing"], "there is no pass 'nothing'"),
         (["--output-dir", "out", "--then", "nothing"], "there is no step 'nothing'"),
         (["--output-dir", "out", "--on-failure", "ignore"], "on_failure is one of rollback, abort"),
+        (["--bench", "--bench-seconds", "0"], "seconds must be positive"),
+        (["--plan", "--bench"], "--plan writes nothing that --bench could measure"),
+        (["--no-verify", "--verify=whole"], "contradict each other"),
+        (["."], ". is a folder"),
+        ([""], ". is a folder"),
     ],
 )
 def test_bad_usage(arguments: list[str], says: str, folder: Path) -> None:
@@ -321,6 +326,62 @@ def test_bad_usage(arguments: list[str], says: str, folder: Path) -> None:
     assert says in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert os.listdir(folder) == ["net.onnx"]
+
+
+def test_bench_for_no_time(folder: Path) -> None:
+    done = fuser("bench", folder / "net.onnx", "--seconds", "nan")
+    assert done.returncode == 2 and "seconds must be positive" in done.stderr
+
+
+def test_the_pages_of_one_pass(folder: Path) -> None:
+    done = fuser("passes", "fold-pad", "--pages", folder / "pages")
+    assert done.returncode == 2 and "leave out its name" in done.stderr and not (folder / "pages").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "changed", "no memory"])
+def test_damaged_inputs(folder: Path, damage: str) -> None:
+    data = folder / "data.npz"
+    np.savez(data, x=np.ones((1, 4, 8, 8), np.float32))
+    content = data.read_bytes()
+    if damage == "cut":
+        data.write_bytes(content[:500])
+    elif damage == "changed":
+        data.write_bytes(content[:400] + b"x" * 100 + content[500:])
+    else:
+        header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (999999999, 3, 16, 16), }"
+        data = folder / "data.npy"
+        data.write_bytes(b"\x93NUMPY\x01\x00v\x00" + header.ljust(117) + b"\n")
+    done = fuser("optimize", folder / "net.onnx", "--inputs", data)
+    assert done.returncode == 2 and "is not readable as .npz or .npy" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_inputs_too_large_to_generate(tmp_path: Path) -> None:
+    onnx.save(model([node("Relu", ["x"], ["r"]), node("Identity", ["r"])], x=(2**62, 2**40)), tmp_path / "net.onnx")
+    done = fuser("optimize", tmp_path / "net.onnx")
+    assert done.returncode == 2 and "too large to be generated" in done.stderr
+
+
+def test_models_that_are_none(folder: Path) -> None:
+    whole = onnx.load(folder / "net.onnx")
+    whole.graph.node[0].input[0] = "nobody"
+    onnx.save(whole, folder / "dangling.onnx")
+    done = fuser("optimize", folder / "dangling.onnx")
+    assert done.returncode == 2 and "nothing makes 'nobody', which 'conv_c' reads" in done.stderr
+    del whole.graph.output[:]
+    onnx.save(whole, folder / "mute.onnx")
+    done = fuser("optimize", folder / "mute.onnx")
+    assert done.returncode == 2 and "it has no outputs" in done.stderr
+
+
+def test_a_reader_that_takes_little(folder: Path) -> None:
+    """A closed standard output, and one that knows few characters."""
+    command = [sys.executable, "-m", "fuser", "optimize", str(folder / "net.onnx")]
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    done = fuser("optimize", folder / "net.onnx", folder / "größer.onnx", PYTHONIOENCODING="ascii", COLUMNS="40")
+    assert done.returncode == 0, done.stderr
+    assert "fold-b" in done.stdout and (folder / "größer.onnx").exists()
 
 
 def test_an_output_that_cannot_be_written(folder: Path) -> None:

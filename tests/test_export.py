@@ -195,6 +195,7 @@ def test_a_wrong_exporter_is_found_out(tmp_path: Path, monkeypatch: pytest.Monke
         ({"no_such_option": 1}, "no_such_option"),
         ({"layout": "odd"}, "layout is one of"),
         ({"opset_version": "odd"}, r"torch\.onnx\.export"),
+        ({"opset_version": 99}, "cannot make opset 99"),
     ],
 )
 def test_options_that_are_no_use(options: dict[str, Any], said: str, tmp_path: Path) -> None:

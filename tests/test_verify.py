@@ -288,6 +288,11 @@ def test_a_declared_size_of_zero_is_that_size(verify: Any) -> None:
         verify(model, model)
 
 
+def test_nothing_but_nan_proves_nothing(verify: Any) -> None:
+    result = verify(linear(), linear(2.0), inputs={"x": np.full((2, 6), np.nan, np.float32)})
+    assert result.verdict == "unverifiable" and "not-a-number" in result.reason
+
+
 def test_data_of_the_user(verify: Any, tmp_path: Path) -> None:
     np.savez(tmp_path / "data.npz", x=RNG.standard_normal((2, 6)).astype(np.float32))
     result = verify(linear(), linear(), inputs=tmp_path / "data.npz")

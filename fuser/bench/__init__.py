@@ -9,6 +9,7 @@ How it measures is in `fuser.bench.sampling`, how it concludes in `fuser.bench.s
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from fuser.bench.subject import Subjects, prepare
 from fuser.errors import FuserError, InputError
 from fuser.scratch import scratch_folder
 
-__all__ = ["ArmResult", "Benchmark", "Plan", "benchmark"]
+__all__ = ["ArmResult", "Benchmark", "Plan", "benchmark", "check_seconds"]
 
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
@@ -66,8 +67,7 @@ def benchmark(
     A model that fails on one arm is reported there, and the other arms go on.  Ctrl-C ends the measurement;
     what there is by then is returned, and marked so.  Raises `InputError` for models or inputs that do not fit.
     """
-    if seconds <= 0:
-        raise InputError(f"seconds must be positive, not {seconds:g}")
+    check_seconds(seconds)
     if threads is not None and threads < 1:
         raise InputError(f"threads must be at least 1, not {threads}")
     if batch is not None and batch < 1:
@@ -137,6 +137,12 @@ def _measure(
             except KeyboardInterrupt:
                 result.samples.interrupted = True
     result.other_load = load.share
+
+
+def check_seconds(seconds: float) -> None:
+    """Raise `InputError` for what is no time to measure in."""
+    if not 0 < seconds < math.inf:
+        raise InputError(f"seconds must be positive, not {seconds:g}")
 
 
 def _job(arm: Arm, subjects: Subjects, role: str, threads: int, dtype: str | None) -> Job:

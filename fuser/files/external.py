@@ -36,6 +36,12 @@ class DataFiles:
             self._open = File(path)
         return self._open
 
+    def close(self) -> None:
+        """The one that is open, if one is; it is opened again when it is read."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
     def paths(self) -> list[Path]:
         """Every data file found so far."""
         return [file.path for file in self._files.values()]

@@ -263,6 +263,12 @@ class ModelFile:
             self.whole.check_unchanged()
         self._data.check_unchanged()
 
+    def close(self) -> None:
+        """Give up its files, which the garbage collector might do late; its large tensors are not to be read after."""
+        for source in (self.whole, self._spool, self._data):
+            if source is not None:
+                source.close()
+
     def data_files(self) -> list[Path]:
         """The files of external data that tensors have been read from."""
         return self._data.paths()

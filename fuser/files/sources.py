@@ -117,10 +117,13 @@ class File:
         self.size = status.st_size
         self._window, self._base = b"", 0
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """It is not to be read after that."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
+
+    __del__ = close
 
     def check_unchanged(self) -> None:
         """Raise `InputError` when somebody wrote into the file since it was opened."""
@@ -176,6 +179,11 @@ class Spool:
             ) from None
         self.fd = self._file.fileno()
         self.size = 0
+
+    def close(self) -> None:
+        """It is not to be read after that."""
+        self._file.close()
+        self.fd = None
 
     def append(self, data: Bytes) -> int:
         """Add bytes at the end; where they start."""

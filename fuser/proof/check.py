@@ -21,6 +21,7 @@ from fuser.isolate import cores
 from fuser.proof.compare import Figures
 from fuser.proof.inputs import InputSet
 from fuser.proof.outcome import Failure, Outcome
+from fuser.proof.rounding import is_float
 from fuser.proof.runners import Float64Runner, OnnxRunner, Workers
 from fuser.proof.sides import Original, Side, open_sides
 from fuser.proof.trial import FIRST_NUDGES, Trial
@@ -143,6 +144,10 @@ class _Comparison:
             return self._conclude("different", problem)
         if self._blind:
             return self._conclude("unverifiable", "rounding alone changes an output by half of its size, in every set")
+        if any(map(_has_elements, originals)) and not any(map(_says_something, originals)):
+            return self._conclude(
+                "unverifiable", "the original makes nothing but infinity and not-a-number of the inputs"
+            )
         if result.interface:
             return self._conclude("incompatible", result.interface[0])
         if not any(map(_has_elements, originals)):
@@ -275,6 +280,13 @@ class _Comparison:
 def _has_elements(outcome: Any) -> bool:
     """Whether there is anything in an output, or in a list of them."""
     return any(map(_has_elements, outcome)) if isinstance(outcome, list) else bool(np.size(outcome))
+
+
+def _says_something(outcome: Any) -> bool:
+    """Whether there is anything but infinity and not-a-number in an output, or in a list of them."""
+    if isinstance(outcome, list):
+        return any(map(_says_something, outcome))
+    return bool(np.isfinite(outcome.astype(np.float64)).any()) if is_float(outcome.dtype) else outcome.size > 0
 
 
 def _number_of_sets(seconds: float) -> int:

@@ -13,6 +13,7 @@ import onnx
 
 from fuser.errors import InputError
 from fuser.proof.inputs import InputSet, Spec
+from fuser.proof.outcome import first_line
 from fuser.proof.rounding import is_float
 
 
@@ -45,12 +46,11 @@ def _from_path(path: Path, specs: Sequence[Spec]) -> list[InputSet]:
         return [InputSet(folder.name, _in_order(_folder(folder), specs, str(folder))) for folder in folders]
     try:
         content = np.load(path, allow_pickle=False)
-        if isinstance(content, np.ndarray):
-            return [InputSet(path.name, _in_order([content], specs, str(path)))]
-        with content:
-            arrays = {name: content[name] for name in content.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"{path} is not readable as .npz or .npy: {error}") from None
+        arrays = content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+    except Exception as error:  # a damaged file has numpy, zipfile and zlib raise what they like
+        raise InputError(f"{path} is not readable as .npz or .npy: {first_line(error)}") from None
+    if isinstance(arrays, np.ndarray):
+        return [InputSet(path.name, _in_order([arrays], specs, str(path)))]
     if not {spec.name for spec in specs} & set(arrays) and all(re.fullmatch(r"arr_\d+", name) for name in arrays):
         return [InputSet(path.name, _in_order(list(arrays.values()), specs, str(path)))]
     return [InputSet(path.name, _by_name(arrays, specs, str(path)))]

@@ -47,9 +47,14 @@ class Wiring:
 
         main = Scope("", model.graph, _opset(model.opset_import))
         self._register(main)
+        if not model.graph.output:
+            raise InputError("not a valid ONNX model: it has no outputs")
         for output in model.graph.output:
             if main.lookup(output.name) is None:
                 raise InputError(f"not a valid ONNX model: nothing makes the graph output {output.name!r}")
+        for name, tensor in self._unmade.items():
+            reader = next(iter(tensor.slots.values()))
+            raise InputError(f"not a valid ONNX model: nothing makes {name!r}, which {_label(reader)!r} reads")
         for proto in model.functions:
             path = f"{proto.domain}:{proto.name}/" if proto.domain else f"{proto.name}/"
             self._register(Scope(path, proto, _opset(proto.opset_import) or main.opset))

@@ -168,6 +168,8 @@ class Constants:
 
 def memory(tensor: torch.Tensor) -> int:
     """Where its elements are; equal for views of one another."""
+    if tensor.layout != torch.strided:
+        return id(tensor)
     return tensor.untyped_storage().data_ptr() or id(tensor)
 
 

@@ -33,10 +33,20 @@ class _Tracer(fx.Tracer):
     def __init__(self, opaque: tuple[type[nn.Module], ...] = ()) -> None:
         super().__init__()
         self._opaque = opaque
+        self._autocast = _autocast()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _autocast() != self._autocast:
+            raise ValueError("a part of it runs under torch.autocast, which a trace does not show")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         is_watched = any(m.__dict__.get(name) for name in _HOOKS)
         return is_watched or isinstance(m, self._opaque) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _autocast() -> tuple[bool, ...]:
+    return tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
 
 
 def trace(module: nn.Module) -> fx.GraphModule:
