@@ -70,7 +70,6 @@ def test_bench_needs_the_original(folder: Path) -> None:
     done = fuser("optimize", folder / "net.onnx", "--bench")
     assert done.returncode == 2 and "OUT must be another file" in done.stderr
     assert (folder / "net.onnx").read_bytes() == before
-    assert fuser("optimize", folder / "net.onnx", "--bench", "--plan").returncode == 0
 
 
 def test_a_second_run_applies_nothing_says_so_and_writes_the_same_bytes(folder: Path) -> None:
@@ -359,7 +358,7 @@ def test_damaged_inputs(folder: Path, damage: str) -> None:
 def test_inputs_too_large_to_generate(tmp_path: Path) -> None:
     onnx.save(model([node("Relu", ["x"], ["r"]), node("Identity", ["r"])], x=(2**62, 2**40)), tmp_path / "net.onnx")
     done = fuser("optimize", tmp_path / "net.onnx")
-    assert done.returncode == 2 and "too large to be generated" in done.stderr
+    assert done.returncode == 2 and "do not fit into memory" in done.stderr
 
 
 def test_models_that_are_none(folder: Path) -> None:

@@ -426,6 +426,9 @@ class NoSpool:
 
     size = 0
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def append(self, raw: Any) -> int:
         assert raw.nbytes < 1 << 14
         self.kept = [*getattr(self, "kept", []), raw.tobytes()]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import operator
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,9 +31,6 @@ KINDS = ("normal", "large", "zeros", "negative", "small", "unit")
 
 SIZES = (32, 64, 128, 224, 256, 512, 8, 16, 4, 2, 1, 12, 24, 48, 96, 384, 640, 768, 1024, 4096)
 """Sizes that are tried, in this order, for dimensions that the model leaves open."""
-
-_MOST = 1 << 31
-"""Elements of an input, at most."""
 
 LARGE = 1 << 22
 """Elements of the inputs together that are not passed to find out which sizes the model accepts."""
@@ -301,8 +299,8 @@ def _elements(spec: Spec, sizes: Sizes) -> int:
 
 def _value(spec: Spec, sizes: Sizes, kind: str, rng: np.random.Generator) -> Any:
     shape = tuple(_size(dim, sizes) for dim in spec.dims or [])
-    if math.prod(shape) > _MOST:
-        raise InputError(f"input {spec.name!r} of shape {list(shape)} is too large to be generated")
+    if math.prod(shape) * np.dtype(np.float64).itemsize > sys.maxsize:  # numpy would raise a ValueError
+        raise MemoryError(f"{spec.name!r} has the shape {list(shape)}")
     if spec.container == "sequence":
         return [np.asarray(_tensor(spec, shape, kind, rng)) for _ in range(2)]
     return np.asarray(_tensor(spec, shape, kind, rng))  # without axes numpy gives scalars, which no runtime must take

@@ -66,13 +66,13 @@ class Nudge:
     def constant(self, value: Array) -> Array:
         """A constant as float64, moved by a rounding of the type in which it is stored."""
         wide = value.astype(np.float64)
-        if _is_meant(wide, value.dtype):
+        if value.size <= _SMALL and _is_short(wide):
             return wide
         return self._move(wide, roundoff(value.dtype))
 
     def cast(self, value: Array, dtype: np.dtype[Any]) -> Array:
         """What a Cast to `dtype` gave (kept in float64), moved by the rounding that was left out."""
-        if value.dtype != np.float64 or dtype == np.float64 or _is_meant(value, dtype):
+        if value.dtype != np.float64 or dtype == np.float64 or (value.size <= _SMALL and _is_short(value)):
             return value
         return self._move(value, roundoff(dtype))
 
@@ -84,10 +84,7 @@ def _info(dtype: Any) -> Any:
     return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
-def _is_meant(value: Array, dtype: Any) -> bool:
-    """Whether these are few numbers, each held by eight significant bits, or by half of those that its type has."""
-    if value.size > _SMALL:
-        return False
-    bits = min(8, round(-math.log2(unit_roundoff(dtype))) // 2)
-    mantissa = np.frexp(value)[0] * 2**bits
+def _is_short(value: Array) -> bool:
+    """Whether eight significant bits hold each number."""
+    mantissa = np.frexp(value)[0] * 256
     return bool(np.all(mantissa == np.round(mantissa)))
