@@ -43,18 +43,14 @@ class Wiring:
         self.scopes: list[Scope] = []
         self._orphans: dict[int, Tensor] = {}
         self._gone: list[Node] = []  # since the graph was settled
-        self._unmade: dict[str, Tensor] = {}
 
-        main = Scope("", model.graph, _opset(model.opset_import))
-        self._register(main)
         if not model.graph.output:
             raise InputError("not a valid ONNX model: it has no outputs")
+        main = Scope("", model.graph, _opset(model.opset_import))
+        self._register(main)
         for output in model.graph.output:
             if main.lookup(output.name) is None:
                 raise InputError(f"not a valid ONNX model: nothing makes the graph output {output.name!r}")
-        for name, tensor in self._unmade.items():
-            reader = next(iter(tensor.slots.values()))
-            raise InputError(f"not a valid ONNX model: nothing makes {name!r}, which {_label(reader)!r} reads")
         for proto in model.functions:
             path = f"{proto.domain}:{proto.name}/" if proto.domain else f"{proto.name}/"
             self._register(Scope(path, proto, _opset(proto.opset_import) or main.opset))
@@ -205,7 +201,7 @@ class Wiring:
         self._define_names(scope)
         for proto, node in zip(scope.proto.node, scope.nodes, strict=True):
             for position, name in enumerate(proto.input[:]):
-                tensor = self._meant(scope, name)
+                tensor = self._meant(scope, name, node)
                 node.inputs.append(tensor)
                 self._add_use(tensor, node, position)
             for attribute in proto.attribute:
@@ -235,12 +231,14 @@ class Wiring:
             scope.frozen = True  # outside, the name means something else
         self.adopt(scope, tensor)
 
-    def _meant(self, scope: Scope, name: str) -> Tensor:
-        """What a node reads under that name; what nobody makes is for the runtime to refuse."""
+    def _meant(self, scope: Scope, name: str, reader: Node) -> Tensor:
+        """What a node reads under that name."""
         if not name:
             return ABSENT
         tensor = scope.lookup(name)
-        return self._unmade.setdefault(name, Variable(name)) if tensor is None else tensor
+        if tensor is None:
+            raise InputError(f"not a valid ONNX model: nothing makes {name!r}, which {_label(reader)!r} reads")
+        return tensor
 
     def _register_bodies(self, scope: Scope, node: Node, attribute: AttributeProto) -> None:
         if attribute.type == AttributeProto.GRAPH and not attribute.ref_attr_name:
