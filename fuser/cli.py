@@ -155,13 +155,11 @@ def optimize(
     if len(models) > 2:
         raise InputError("give IN and OUT, or several models and --output-dir")
     model, output = models[0], models[1] if len(models) > 1 else None
-    if bench and plan:
-        raise InputError("--plan writes nothing that --bench could measure")
     if bench:
         from fuser.bench import check_seconds
 
         check_seconds(bench_seconds)
-    if bench and os.path.realpath(output or default_output(model)) == os.path.realpath(model):
+    if bench and not plan and os.path.realpath(output or default_output(model)) == os.path.realpath(model):
         raise InputError("--bench compares IN with OUT, so OUT must be another file")
     if json and bench:
         raise InputError("--json is the story of the rewrites; measure with `fuser bench IN OUT --json`")
@@ -177,8 +175,8 @@ def optimize(
     elif not quiet:
         out.print(story.render(verbose=verbose))
         if plan:
-            out.print("a plan: nothing was written")
-    if bench:
+            out.print(f"a plan: nothing was written{' or measured' if bench else ''}")
+    if bench and not plan:
         from fuser.bench import benchmark
 
         with _progress(quiet) as progress:

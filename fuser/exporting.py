@@ -250,22 +250,16 @@ def _to_onnx(program: Any, path: Path, options: Mapping[str, Any]) -> Path:
             warnings.simplefilter("ignore")
             made = torch.onnx.export(program, dynamo=True, **{"verbose": False, **options})
             assert made is not None
-            _check_opset(made.model.opset_imports.get(""), options.get("opset_version"))
             made.save(path)  # of its own accord with external data where one file could not hold it
-    except InputError:
-        raise
     except TypeError as error:
         raise InputError(f"torch.onnx.export: {error}") from error
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"torch.onnx.export cannot write this program: {first}") from error
+    asked, opset = options.get("opset_version"), made.model.opset_imports.get("")
+    if asked is not None and opset != asked:  # where it cannot convert, it only logs that
+        raise InputError(f"torch.onnx.export cannot make opset {asked} of this program, only {opset}")
     return path
-
-
-def _check_opset(made: int | None, asked: int | None) -> None:
-    """It leaves the opset as it is where it cannot convert, and only logs that."""
-    if asked is not None and made != asked:
-        raise InputError(f"torch.onnx.export cannot make opset {asked} of this program, only {made}")
 
 
 def _after(destination: Destination, exported: Path) -> OnnxSource:

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import tempfile
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -126,15 +127,18 @@ class OnnxSource(Source):
         self.hand_back, self.destination = hand_back, destination
         self._read, self._freeze_inputs = read, freeze_inputs
         self._stack = contextlib.ExitStack()
+        self._opened: weakref.WeakSet[ModelFile] = weakref.WeakSet()
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        for model in self._opened:
+            model.close()
 
     def graph(self) -> Graph:
         from fuser.graphs.onnx.graph import OnnxGraph
 
         model = self._read()
-        self._stack.callback(model.close)
+        self._opened.add(model)
         graph = OnnxGraph(model, freeze_inputs=self._freeze_inputs)
         self.removable_inputs, self.notes = graph.removable_inputs, graph.notes
         return graph
@@ -306,15 +310,10 @@ def _torch(
     if example_inputs is not None and not isinstance(example_inputs, (tuple, list)):
         raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(example_inputs).__name__}")
     name = type(model).__name__
-    if isinstance(model, torch.nn.Module) and any(
-        map(torch.nn.parameter.is_lazy, (*model.parameters(), *model.buffers()))
-    ):
-        raise InputError(
-            f"this {name} has lazy parts, whose shapes a first call decides: call it once, then optimize it"
-        )
     if isinstance(model, torch.export.ExportedProgram):
         return TorchSource(name, model, lambda: TorchGraph.from_exported_program(model), may_lack_inputs=False)
     if example_inputs is None or isinstance(model, torch.fx.GraphModule):
+        _refuse_lazy(model)
         is_graph = isinstance(model, torch.fx.GraphModule)
         open_graph: Callable[[Any], Any] = TorchGraph.from_graph_module if is_graph else TorchGraph.from_module
         return TorchSource(name, model, lambda: open_graph(model), may_lack_inputs=example_inputs is None)
@@ -374,6 +373,17 @@ def _restored(program: bytes, state: Mapping[str, Any], training: bool) -> Any:
     return module
 
 
+def _refuse_lazy(module: Any) -> None:
+    """Raise `InputError` for a module that the first call makes what it is: that must be the user's."""
+    import torch
+
+    if any(map(torch.nn.parameter.is_lazy, (*module.parameters(), *module.buffers()))):
+        name = type(module).__name__
+        raise InputError(
+            f"this {name} has lazy parts, whose shapes a first call decides: call it once, then optimize it"
+        )
+
+
 def capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any) -> Any:
     """The module as an ExportedProgram; raises `InputError`, one line, where torch.export cannot make one.
 
@@ -382,6 +392,7 @@ def capture(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_
     """
     import torch
 
+    _refuse_lazy(module)
     errors: list[Exception] = []
     for strict in (False, True):
         try:

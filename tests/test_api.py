@@ -173,12 +173,15 @@ def test_a_trace_would_lose_autocast() -> None:
     assert torch.allclose(result.model(X), module(X), atol=1e-5)
 
 
-def test_lazy_parts() -> None:
+def test_lazy_parts(tmp_path: Path) -> None:
     lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()
     for options in ({}, {"example_inputs": (X,)}):
         with pytest.raises(InputError, match="call it once, then optimize it"):
             fuser.optimize(lazy, **options)
         assert isinstance(lazy[0], nn.LazyConv2d)
+    with pytest.raises(InputError, match="call it once, then optimize it"):
+        fuser.export(lazy, (X,), tmp_path / "net.onnx")
+    assert isinstance(lazy[0], nn.LazyConv2d)
     lazy(X)
     assert len(fuser.optimize(lazy, example_inputs=(X,)).report.applied) == 1
 

@@ -286,7 +286,9 @@ def _says_something(outcome: Any) -> bool:
     """Whether there is anything but infinity and not-a-number in an output, or in a list of them."""
     if isinstance(outcome, list):
         return any(map(_says_something, outcome))
-    return bool(np.isfinite(outcome.astype(np.float64)).any()) if is_float(outcome.dtype) else outcome.size > 0
+    if isinstance(outcome, np.ndarray) and is_float(outcome.dtype):
+        return bool(np.isfinite(outcome.astype(np.float64)).any())
+    return _has_elements(outcome)
 
 
 def _number_of_sets(seconds: float) -> int:

@@ -45,8 +45,10 @@ def _from_path(path: Path, specs: Sequence[Spec]) -> list[InputSet]:
         folders = sorted(path.glob("test_data_set_*"), key=_number) or [path]
         return [InputSet(folder.name, _in_order(_folder(folder), specs, str(folder))) for folder in folders]
     try:
-        content = np.load(path, allow_pickle=False)
-        arrays = content if isinstance(content, np.ndarray) else {name: content[name] for name in content.files}
+        arrays = np.load(path, allow_pickle=False)
+        if not isinstance(arrays, np.ndarray):
+            with arrays as content:
+                arrays = {name: content[name] for name in content.files}
     except Exception as error:  # a damaged file has numpy, zipfile and zlib raise what they like
         raise InputError(f"{path} is not readable as .npz or .npy: {first_line(error)}") from None
     if isinstance(arrays, np.ndarray):

@@ -235,7 +235,7 @@ def _undisturbed(module: torch.nn.Module) -> Iterator[None]:
         for part in module.modules()
         for holder in (part._buffers, vars(part))
         for name, tensor in holder.items()
-        if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided  # nothing writes into the others
+        if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided  # others cannot be compared
     ]
     try:
         yield

@@ -21,6 +21,7 @@ from fuser.graphs.onnx.values import (
     Shape,
     are_worth_trusting,
     attribute_value,
+    declared_unnamed,
     elements,
     evaluate,
     infer_shapes,
@@ -347,7 +348,8 @@ class KnownValues:
     ) -> GraphProto:
         """The graph with what inference says of its values; see `infer_shapes`."""
         graph = self._in_order.graph
-        with inputs_named(graph), contextlib.nullcontext() if self._trusts_declared else undeclared(graph):
+        declared = declared_unnamed if self._trusts_declared else undeclared
+        with declared(graph), inputs_named(graph):
             return infer_shapes(self._in_order, sizes, shapes).graph
 
     @cached_property

@@ -212,19 +212,30 @@ def _size(dim: TensorShapeProto.Dimension) -> int | str | None:
 
 @contextlib.contextmanager
 def inputs_named(graph: GraphProto) -> Iterator[None]:
-    """Meanwhile, every size of an input that is not known has a name of its own, so that it is known where it goes.
-
-    A name that one input has twice is none, whatever the standard says: exporters and people call all that is dynamic
-    "N", "dyn" or "?".  Nor are those of outputs, which people give: runtimes only warn where they are not true.
-    """
-    doubtful = {name for info in graph.input for name, count in Counter(_names_of_sizes(info)).items() if count > 1}
-    fields = ("input", "output", "value_info") if doubtful else ("input", "output")
-    kept = GraphProto(**{field: getattr(graph, field) for field in fields})
+    """Meanwhile, every size of an input that is not known has a name of its own, so that it is known where it goes."""
+    doubtful = _doubtful_names(graph)
+    kept = GraphProto(input=graph.input)
     for info in graph.input:
         for axis, dim in enumerate(info.type.tensor_type.shape.dim):
             if _size(dim) is None or dim.dim_param in doubtful:
                 dim.dim_param = f"axis {axis} of {info.name}"
-    for field in fields[1:]:
+    try:
+        yield
+    finally:
+        for info, was in zip(graph.input, kept.input, strict=True):
+            info.CopyFrom(was)
+
+
+@contextlib.contextmanager
+def declared_unnamed(graph: GraphProto) -> Iterator[None]:
+    """Meanwhile, what is declared of values other than inputs has no names that may not be true.
+
+    Those of outputs are given by people, and runtimes only warn where they are not true.
+    """
+    doubtful = _doubtful_names(graph)
+    fields = ("output", "value_info") if doubtful else ("output",)
+    kept = GraphProto(**{field: getattr(graph, field) for field in fields})
+    for field in fields:
         for info in getattr(graph, field):
             for dim in info.type.tensor_type.shape.dim:
                 if field == "output" or dim.dim_param in doubtful:
@@ -235,6 +246,12 @@ def inputs_named(graph: GraphProto) -> Iterator[None]:
         for field in fields:
             for info, was in zip(getattr(graph, field), getattr(kept, field), strict=True):
                 info.CopyFrom(was)
+
+
+def _doubtful_names(graph: GraphProto) -> set[str]:
+    """Names that one input has twice, whatever the standard says of them: exporters and people call all that is
+    dynamic "N", "dyn" or "?"."""
+    return {name for info in graph.input for name, count in Counter(_names_of_sizes(info)).items() if count > 1}
 
 
 def _names_of_sizes(info: onnx.ValueInfoProto) -> list[str]:
