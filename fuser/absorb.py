@@ -604,10 +604,10 @@ def new_constants(op: Conv | Linear, old: Constants, factor: Array, bias: Array)
     neutral = not isinstance(op, Linear) or (op.alpha, op.beta) == (1.0, 1.0)
     dtype = old.weight.dtype
     arrays: dict[str, Array | Scaled] = {}
-    if not neutral or (factor != 1).any():
+    if not neutral or not algebra.all_true(factor == 1):
         is_light = old.weight.nbytes >= max(DEFERRED, 8 * factor.nbytes)
         arrays["weight"] = Scaled(old.weight, factor) if is_light else algebra.scaled(old.weight, factor, dtype)
-    if (op.bias is not None and not neutral) or (bias != old.bias).any():
+    if (op.bias is not None and not neutral) or not algebra.all_true(bias == old.bias):
         arrays["bias"] = algebra.rounded(bias, dtype)
     return arrays
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, TypeAlias
 
 import ml_dtypes
@@ -59,7 +59,7 @@ class ChannelAffine:
 
     @property
     def is_finite(self) -> bool:
-        return bool(np.isfinite(self.scale).all() and np.isfinite(self.shift).all())
+        return is_finite(self.scale) and is_finite(self.shift)
 
     def __call__(self, x: Array, axis: int) -> Array:
         """x * scale + shift along `axis`, in float64."""
@@ -255,23 +255,23 @@ def agree(
     if not outputs:
         return True
     channels = [0, outputs // 2, outputs - 1]
-    weights = _windows(old.weight, layout, channels)
+    weights = np.concatenate([_windows(each.weight, layout, channels) for each in (old, new)], dtype=np.float64)
     x = sample_inputs(weights.shape[1])
     seen = x
     if before is not None:
         blocks = [layout.window(old.weight, channel)[1] for channel in channels]
         taps = math.prod(old.weight.shape[2:])
         scale, shift = (np.stack([np.repeat(v[block], taps) for block in blocks]) for v in (before.scale, before.shift))
-        seen = x * scale + shift
-    alpha = float(old.alpha)
-    sums = *_products(weights, seen), _first_row(old.bias, channels)
-    new_sums = *_products(_windows(new.weight, layout, channels), x), _first_row(new.bias, channels)
-    for channel, value, size, bias, new_value, new_size, new_bias in zip(channels, *sums, *new_sums, strict=True):
-        value, size = alpha * value + bias, abs(alpha) * size + abs(bias)
+        seen = np.concatenate((x * scale + shift, np.broadcast_to(x, scale.shape)))
+    values, sizes = _products(weights, seen)
+    alpha, count = float(old.alpha), len(channels)
+    biases, new_biases = _first_row(old.bias, channels), _first_row(new.bias, channels)
+    for i, (channel, bias, new_bias) in enumerate(zip(channels, biases, new_biases, strict=True)):
+        value, size = alpha * values[i] + bias, abs(alpha) * sizes[i] + abs(bias)
         if after is not None:
             factor, summand = float(after.scale[channel]), float(after.shift[channel])
             value, size = value * factor + summand, size * abs(factor) + abs(summand)
-        found = new_value + new_bias, new_size + abs(new_bias)
+        found = values[count + i] + new_bias, sizes[count + i] + abs(new_bias)
         if not are_close((value, size), found, new.weight.dtype, x.size):
             return False
     return True
@@ -317,8 +317,13 @@ def is_finite(array: Array | Scaled) -> bool:
     if isinstance(array, Scaled):
         return array.is_finite
     if array.size <= CHUNK:
-        return bool(np.isfinite(array).all())
-    return all(bool(np.isfinite(array[rows]).all()) for rows in chunks(array))
+        return all_true(np.isfinite(array))
+    return all(all_true(np.isfinite(array[rows])) for rows in chunks(array))
+
+
+def all_true(mask: Array) -> bool:
+    """`mask.all()`; most masks have a few channels, for which numpy's own takes three times as long."""
+    return b"\0" not in mask.tobytes()
 
 
 def _largest(array: Array) -> float:
@@ -340,7 +345,7 @@ def _windows(weight: Array | Scaled, layout: WeightLayout, channels: Sequence[in
         windows = np.stack([layout.window(weight, channel)[0] for channel in channels])
     else:  # the same, in one step
         windows = weight[channels] if isinstance(weight, Scaled) else weight.take(channels, axis=0)
-    return _float64(windows).reshape(len(channels), -1)
+    return windows.reshape(len(channels), -1)
 
 
 def _products(weights: Array, x: Array) -> tuple[list[float], list[float]]:
@@ -362,12 +367,10 @@ def sample_inputs(count: int) -> Array:
 def _first_row(bias: Array, channels: Sequence[int]) -> list[float]:
     """The biases of a few channels, in the first row where rows differ."""
     row = bias if bias.ndim == 1 else bias.reshape(-1, bias.shape[-1])[0]
-    found: list[float] = _float64(row.take(channels)).tolist()
-    return found
+    return [float(row[channel]) for channel in channels]
 
 
-def _float64(array: Array) -> Array:
-    return np.asarray(array, np.float64)
+_float64 = partial(np.asarray, dtype=np.float64)
 
 
 def _rows(factor: Array, rows: slice) -> Array:

@@ -165,8 +165,8 @@ class ModelFile:
         """
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             yield from self.blob(tensor).pieces()
-        elif tensor.HasField("raw_data"):
-            yield tensor.raw_data
+        elif (raw := tensors.raw_data(tensor)) is not None:
+            yield raw
         else:
             yield tensors.inline_array(tensor).tobytes()
 
@@ -388,8 +388,8 @@ def _check_tensors(model: ModelFile) -> None:
             if model.origin(tensor) is Origin.EXTERNAL:
                 model.is_external = True
                 model.blob(tensor)
-        elif tensor.HasField("raw_data"):
-            tensors.check_filled(tensor, len(tensor.raw_data))
+        elif (raw := tensors.raw_data(tensor)) is not None:
+            tensors.check_filled(tensor, len(raw))
 
 
 def _is_utf8(name: str) -> bool:

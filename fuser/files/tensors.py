@@ -99,15 +99,17 @@ def _stored_size(data_type: int, dims: tuple[int, ...]) -> int | None:
     return (count * format.bits + 7) // 8
 
 
-def check_filled(tensor: onnx.TensorProto, length: int) -> None:
-    """Raise `InputError` unless `length` bytes are what the tensor's type and shape take."""
+def check_filled(tensor: onnx.TensorProto, length: int) -> tuple[int, ...]:
+    """The shape of a tensor; raises `InputError` unless `length` bytes are what it takes in the tensor's type."""
+    dims = tuple(tensor.dims[:])
+    if _stored_size(tensor.data_type, dims) == length:
+        return dims
     needed = stored_size(tensor)
-    if needed != length:
-        wanted = f"{needed:,}" if needed < 1 << 63 else "more than 2^63"
-        raise InputError(
-            f"tensor {shown(tensor.name)} of shape {shown(list(tensor.dims))} needs {wanted} bytes and has {length:,}; "
-            "the file is corrupt"
-        )
+    wanted = f"{needed:,}" if needed < 1 << 63 else "more than 2^63"
+    raise InputError(
+        f"tensor {shown(tensor.name)} of shape {shown(list(dims))} needs {wanted} bytes and has {length:,}; "
+        "the file is corrupt"
+    )
 
 
 def shown(value: object) -> str:
@@ -119,6 +121,12 @@ def shown(value: object) -> str:
 def _type_name(data_type: int) -> str:
     names = onnx.TensorProto.DataType
     return str(names.Name(data_type)) if data_type in names.values() else f"number {data_type}"
+
+
+def raw_data(tensor: onnx.TensorProto) -> bytes | None:
+    """The bytes of the values; None where they are stored otherwise."""
+    raw: bytes = tensor.raw_data
+    return raw if raw or tensor.HasField("raw_data") else None
 
 
 def decode(raw: bytes | Bytes, data_type: int, dims: Sequence[int]) -> Array:
@@ -138,10 +146,8 @@ def decode(raw: bytes | Bytes, data_type: int, dims: Sequence[int]) -> Array:
 
 def inline_array(tensor: onnx.TensorProto) -> Array:
     """The values of a tensor that holds them itself.  Raises `InputError` when they do not fill its shape."""
-    if tensor.HasField("raw_data"):
-        raw = tensor.raw_data
-        check_filled(tensor, len(raw))
-        return decode(raw, tensor.data_type, tensor.dims[:])
+    if (raw := raw_data(tensor)) is not None:
+        return decode(raw, tensor.data_type, check_filled(tensor, len(raw)))
     try:
         array = onnx.numpy_helper.to_array(tensor)
     except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:

@@ -165,7 +165,8 @@ class Constant(Tensor, gs.Constant):  # type: ignore[misc]
 
     def __init__(self, proto: TensorProto | SparseTensorProto) -> None:
         is_dense = isinstance(proto, TensorProto)
-        super().__init__(proto.name if is_dense else proto.values.name)
+        self.name = proto.name if is_dense else proto.values.name
+        self.slots = {}
         self.proto = proto if is_dense else None
         self.sizes = tuple(proto.dims[:])
 
@@ -260,8 +261,8 @@ _READ: dict[int, Callable[[AttributeProto], Any]] = {
     AttributeProto.INT: lambda a: a.i,
     AttributeProto.STRING: lambda a: _text(a.s),
     AttributeProto.TENSOR: lambda a: Constant(a.t),
-    AttributeProto.FLOATS: lambda a: list(a.floats),
-    AttributeProto.INTS: lambda a: list(a.ints),
+    AttributeProto.FLOATS: lambda a: a.floats[:],
+    AttributeProto.INTS: lambda a: a.ints[:],
     AttributeProto.STRINGS: lambda a: _texts(a.strings),
 }
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 
 import numpy as np
 from onnx import AttributeProto, GraphProto, ModelProto, TensorProto, ValueInfoProto, helper
@@ -21,15 +21,13 @@ from fuser.graphs.onnx.values import (
     Shape,
     are_worth_trusting,
     attribute_value,
-    declared_unnamed,
     elements,
     evaluate,
+    for_inference,
     infer_shapes,
-    inputs_named,
     is_invented,
     numpy_dtype,
     type_and_shape,
-    undeclared,
 )
 from fuser.graphs.onnx.wiring import Wiring, has_references, is_standard
 from fuser.remarks import Missed
@@ -337,7 +335,7 @@ class KnownValues:
     def _inferred(self) -> dict[int, tuple[int, Shape | None]]:
         if self._types is None:
             self._types = {}
-            graph = self._in_order.graph
+            graph = self._model.proto.graph
             inferred = self._infer()
             self._trusts_declared = are_worth_trusting((*graph.value_info, *graph.output), _infos(inferred))
             self._collect(self._wiring.scopes[0], self._infer() if self._trusts_declared else inferred)
@@ -347,23 +345,17 @@ class KnownValues:
         self, sizes: Mapping[str, Array] | None = None, shapes: Mapping[str, tuple[int, Shape]] | None = None
     ) -> GraphProto:
         """The graph with what inference says of its values; see `infer_shapes`."""
-        graph = self._in_order.graph
-        declared = declared_unnamed if self._trusts_declared else undeclared
-        with declared(graph), inputs_named(graph):
-            return infer_shapes(self._in_order, sizes, shapes).graph
+        main, trusts = self._wiring.scopes[0], self._trusts_declared
+        nodes = [node.proto for node in self._wiring.order if node.scope is main and node.proto is not None]
+        seen = for_inference(self._model.proto, nodes, self._silent(), trusts_declared=trusts)
+        return infer_shapes(seen, sizes, shapes).graph
 
-    @cached_property
-    def _in_order(self) -> ModelProto:
-        """The model as inference needs it, which goes through the nodes once: each made before it is read."""
-        model, main = self._model.proto, self._wiring.scopes[0]
-        nodes = [node.proto for node in self._wiring.order if node.scope is main]
-        if all(node is None or node is other for node, other in zip(nodes, model.graph.node, strict=False)):
-            return model
-        ordered = ModelProto()
-        ordered.CopyFrom(model)
-        del ordered.graph.node[:]
-        ordered.graph.node.extend(node for node in nodes if node is not None)
-        return ordered
+    def _silent(self) -> set[str]:
+        """The parameters of BatchNorms, often most of what is stored: nothing depends on their shapes."""
+        norms = [node for node in self._wiring.of(["BatchNormalization"]) if len(node.outputs) == 1]
+        read = [tensor for node in norms for tensor in node.inputs[1:] if len(tensor.slots) == 1]
+        main = self._wiring.scopes[0]
+        return {t.name for t in read if isinstance(t, Constant) and t.home is main and not t.public}
 
     def _infer_further(self) -> None:
         """Infer shapes again with what was computed, until that tells nothing new.

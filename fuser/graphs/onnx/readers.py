@@ -59,13 +59,12 @@ class NodeReader:
 
     def input(self, position: int) -> Tensor | None:
         """The operand at `position`; None when it is absent, which ONNX also writes as an empty name."""
-        if position >= len(self.node.inputs) or self.node.inputs[position] is ABSENT:
-            return None
-        return self.node.inputs[position]
+        inputs = self.node.inputs
+        return None if position >= len(inputs) or inputs[position] is ABSENT else inputs[position]
 
     def required(self, position: int) -> Tensor:
-        value = self.input(position)
-        if value is None:
+        value = self.node.inputs[position]
+        if value is ABSENT:
             raise Unreadable
         return value
 
@@ -104,11 +103,12 @@ class NodeReader:
 
 def _conv(n: NodeReader) -> ops.Op:
     weight, groups = n.required(1), n.attribute("group", 1)
-    spatial = n.rank(weight) - 2
+    shape = n.graph.shape(weight)
+    if shape is None:
+        shape = (None,) * n.rank(weight)
+    kernel, spatial = shape[2:], len(shape) - 2
     transposed = n.node.op == "ConvTranspose"
-    shape = n.graph.shape(weight) or ()
-    kernel = shape[2:]
-    if groups < 1 or any(isinstance(channels, int) and channels % groups for channels in shape[:1]):
+    if groups < 1 or (isinstance(shape[0], int) and shape[0] % groups):
         raise Unreadable
     strides, dilations = _per_axis(n, "strides", spatial), _per_axis(n, "dilations", spatial)
     return ops.Conv(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -210,42 +210,43 @@ def _size(dim: TensorShapeProto.Dimension) -> int | str | None:
     return dim.dim_param or None
 
 
-@contextlib.contextmanager
-def inputs_named(graph: GraphProto) -> Iterator[None]:
-    """Meanwhile, every size of an input that is not known has a name of its own, so that it is known where it goes."""
-    doubtful = _doubtful_names(graph)
-    kept = GraphProto(input=graph.input)
+def for_inference(
+    model: ModelProto, nodes: Iterable[NodeProto], silent: Collection[str], *, trusts_declared: bool
+) -> ModelProto:
+    """A copy of the model as inference is to see it.
+
+    nodes: those of the main graph, each made before it is read, as inference goes through them once.
+    silent: initializers that it need not see.
+    trusts_declared: whether what is declared of values other than inputs is believed; but for names of sizes that may
+        not be true: those of outputs are given by people, and runtimes only warn where they are not true.
+
+    Every size of an input that is not known has a name of its own, so that it is known where it goes.
+    """
+    seen = ModelProto(ir_version=model.ir_version, opset_import=model.opset_import, functions=model.functions)
+    graph, source = seen.graph, model.graph
+    graph.name = source.name
+    graph.node.extend(nodes)
+    graph.initializer.extend([tensor for tensor in source.initializer if tensor.name not in silent])
+    graph.sparse_initializer.extend(source.sparse_initializer)
+    graph.input.extend(source.input)
+    graph.output.extend(source.output)
+    doubtful = _doubtful_names(source)
     for info in graph.input:
         for axis, dim in enumerate(info.type.tensor_type.shape.dim):
             if _size(dim) is None or dim.dim_param in doubtful:
                 dim.dim_param = f"axis {axis} of {info.name}"
-    try:
-        yield
-    finally:
-        for info, was in zip(graph.input, kept.input, strict=True):
-            info.CopyFrom(was)
-
-
-@contextlib.contextmanager
-def declared_unnamed(graph: GraphProto) -> Iterator[None]:
-    """Meanwhile, what is declared of values other than inputs has no names that may not be true.
-
-    Those of outputs are given by people, and runtimes only warn where they are not true.
-    """
-    doubtful = _doubtful_names(graph)
-    fields = ("output", "value_info") if doubtful else ("output",)
-    kept = GraphProto(**{field: getattr(graph, field) for field in fields})
-    for field in fields:
-        for info in getattr(graph, field):
-            for dim in info.type.tensor_type.shape.dim:
-                if field == "output" or dim.dim_param in doubtful:
-                    dim.ClearField("dim_param")
-    try:
-        yield
-    finally:
-        for field in fields:
-            for info, was in zip(getattr(graph, field), getattr(kept, field), strict=True):
-                info.CopyFrom(was)
+    if not trusts_declared:
+        for body in _bodies(graph):
+            del body.value_info[:]
+        for info in graph.output:
+            if info.type.HasField("tensor_type"):
+                info.type.tensor_type.ClearField("shape")
+        return seen
+    graph.value_info.extend(source.value_info)
+    names = [dim for info in graph.value_info for dim in info.type.tensor_type.shape.dim if dim.dim_param in doubtful]
+    for dim in (*names, *(dim for info in graph.output for dim in info.type.tensor_type.shape.dim)):
+        dim.ClearField("dim_param")
+    return seen
 
 
 def _doubtful_names(graph: GraphProto) -> set[str]:
@@ -258,32 +259,17 @@ def _names_of_sizes(info: onnx.ValueInfoProto) -> list[str]:
     return [dim.dim_param for dim in info.type.tensor_type.shape.dim if dim.dim_param]
 
 
-@contextlib.contextmanager
-def undeclared(graph: GraphProto) -> Iterator[None]:
-    """Meanwhile, nothing is declared of the shapes of values other than inputs."""
-    graphs = list(_with_bodies(graph))
-    kept = [GraphProto(value_info=each.value_info) for each in graphs]
-    outputs = GraphProto(output=graph.output)
-    for each in graphs:
-        del each.value_info[:]
-    for output in graph.output:
-        if output.type.HasField("tensor_type"):
-            output.type.tensor_type.ClearField("shape")
-    try:
-        yield
-    finally:
-        for each, declared in zip(graphs, kept, strict=True):
-            each.value_info.extend(declared.value_info)
-        for output, declared_output in zip(graph.output, outputs.output, strict=True):
-            output.CopyFrom(declared_output)
-
-
-def _with_bodies(graph: GraphProto) -> Iterator[GraphProto]:
-    yield graph
+def _bodies(graph: GraphProto) -> Iterator[GraphProto]:
+    """The bodies of its nodes that inference looks into, and those inside them."""
     for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == AttributeProto.GRAPH:
-                yield from _with_bodies(attribute.g)
+        if node.op_type in _HAVE_BODIES:
+            for attribute in node.attribute:
+                if attribute.type == AttributeProto.GRAPH:
+                    yield attribute.g
+                    yield from _bodies(attribute.g)
+
+
+_HAVE_BODIES = frozenset({"If", "Loop", "Scan", "SequenceMap"})
 
 
 def are_worth_trusting(declared: Iterable[onnx.ValueInfoProto], inferred: Iterable[onnx.ValueInfoProto]) -> bool:

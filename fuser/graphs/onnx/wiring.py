@@ -63,7 +63,7 @@ class Wiring:
 
     def is_read(self, node: Node) -> bool:
         """Whether anybody reads an output of the node."""
-        return any(output.is_needed for output in node.outputs)
+        return any(output.slots or output.public for output in node.outputs)
 
     def of(self, operators: Iterable[str]) -> Iterator[Node]:
         """The living nodes that were of these operators when the graph was last settled, in order.
@@ -204,8 +204,9 @@ class Wiring:
                 tensor = self._meant(scope, name, node)
                 node.inputs.append(tensor)
                 self._add_use(tensor, node, position)
-            for attribute in proto.attribute:
-                self._register_bodies(scope, node, attribute)
+            if len(node.attrs) < len(proto.attribute):  # some hold graphs
+                for attribute in proto.attribute:
+                    self._register_bodies(scope, node, attribute)
         self._publish_outputs(scope)
 
     def _define_names(self, scope: Scope) -> None:
