@@ -267,9 +267,9 @@ def _check(
     if source.is_onnx:
         workers.first.start()  # it imports what it needs while the passes run
 
-    def check(candidate: Any, contract: Contract) -> Verification:
+    def check(candidate: Any, contract: Contract, before: Any = None) -> Verification:
         return proof.verify(
-            source.original,
+            source.original if before is None else before,
             candidate,
             example_inputs=example_inputs,
             example_kwargs=example_kwargs,
@@ -278,7 +278,7 @@ def _check(
             contract=contract.value,
             removed_inputs=source.removable_inputs,
             workers=workers,
-            original=original,
+            original=original if before is None else None,
         )
 
     return check

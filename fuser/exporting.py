@@ -282,11 +282,11 @@ def _check_onnx(
     check = _check(source, stack, None, None, inputs, None)
     on_examples = _check(source, stack, None, None, Arguments(example_inputs, example_kwargs or {}).examples, None)
 
-    def checked(candidate: Any, contract: Contract) -> Verification:
+    def checked(candidate: Any, contract: Contract, before: Any = None) -> Verification:
         try:
-            return check(candidate, contract)
+            return check(candidate, contract, before)
         except InputError:
-            return on_examples(candidate, contract)
+            return on_examples(candidate, contract, before)
 
     return checked
 

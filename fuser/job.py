@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from fuser import pipeline
 from fuser.errors import InputError, PassError, VerificationError
@@ -22,8 +22,13 @@ if TYPE_CHECKING:
 
 Passes: TypeAlias = list[RewritePass[Any, Any]]
 Progress: TypeAlias = Callable[[str], None]
-Check: TypeAlias = Callable[[Any, Contract], "Verification"]
-"""(rewritten model, contract) -> how it compares with the original."""
+
+
+class Check(Protocol):
+    """How a rewritten model compares with the original or, where it is given, with the model `before`."""
+
+    def __call__(self, candidate: Any, contract: Contract, before: Any = None) -> Verification: ...
+
 
 LARGE = 512 * 2**20
 """From how many bytes of constants on the whole model is not run unless asked for."""
@@ -81,6 +86,7 @@ class Job:
             )
             return
         contract = Contract.EXACT if applied == {Contract.EXACT.value} else Contract.ROUNDING
+        check = self._fair(check)
         with self.stage("verify"):
             try:
                 verification = check(self.candidate.model, contract)
@@ -153,7 +159,7 @@ class Job:
         def fine_after(count: int) -> bool:
             _, candidate = self._attempt(self._passes, NOTHING, stop_after=count)
             verification = check(candidate.model, Contract.ROUNDING)
-            return verification.passed or verification.verdict == UNVERIFIABLE
+            return not _speaks_against(verification)
 
         rewrites = self.report.applied
         count = first_bad(len(rewrites), fine_after)
@@ -218,11 +224,32 @@ class Job:
 
     # -- blame
 
+    def _fair(self, check: Check) -> Check:
+        """The check, where exact passes are not blamed for other bits that the graph has before any rewrite.
+
+        torch computes attention otherwise in a module than in what was captured of it.
+        """
+        untouched: list[Any] = []  # the graph without rewrites, where its bits are others; else None
+
+        def fair(candidate: Any, contract: Contract, before: Any = None) -> Verification:
+            found = check(candidate, contract)
+            if contract is not Contract.EXACT or not _speaks_against(found):
+                return found
+            if not untouched:
+                model = self._attempt([], NOTHING)[1].model
+                untouched.append(None if check(model, contract).passed else model)
+            if untouched[0] is None:
+                return found
+            bits = check(candidate, contract, untouched[0])
+            return check(candidate, Contract.ROUNDING) if bits.passed else bits
+
+        return fair
+
     def _guilty(
         self, passes: Passes, contract: Contract, check: Check, verification: Verification, *, abort: bool
     ) -> Mapping[Rewrite, str]:
         """The rewrites without which `passes` keep `contract`, and what is wrong with them; none when they keep it."""
-        if verification.passed or verification.verdict == UNVERIFIABLE:
+        if not _speaks_against(verification):
             return NOTHING
         if abort:
             raise VerificationError(f"the result is not equivalent to the original: {verification.reason}")
@@ -233,7 +260,7 @@ class Job:
         def fine_without(left_out: Iterable[Rewrite]) -> bool:
             # Others that become possible may be as wrong, and are not among the suspects.
             _, candidate = self._attempt(passes, dict.fromkeys(left_out, ""), only=frozenset(story.rewrites))
-            return check(candidate.model, contract).passed
+            return not _speaks_against(check(candidate.model, contract))
 
         return dict.fromkeys(find_guilty(story.rewrites, fine_without), verification.reason)
 
@@ -248,7 +275,7 @@ class Job:
         for only in (None, tried):
             self._keep(*self._attempt(self._passes, guilty, only=only))
             verification = check(self.candidate.model, contract)
-            if verification.passed:
+            if not _speaks_against(verification):
                 break
         else:
             raise VerificationError(f"the result is not equivalent to the original: {verification.reason}")
@@ -262,6 +289,11 @@ class Job:
         self.report.verification = verification
         if verification.verdict == UNVERIFIABLE:
             self.report.unverified = verification.reason
+
+
+def _speaks_against(verification: Verification) -> bool:
+    """Whether the check found something wrong; where it could not be made, it did not."""
+    return not verification.passed and verification.verdict != UNVERIFIABLE
 
 
 @contextmanager

@@ -173,6 +173,14 @@ def test_a_trace_would_lose_autocast() -> None:
     assert torch.allclose(result.model(X), module(X), atol=1e-5)
 
 
+def test_a_capture_may_round_otherwise_than_the_module() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    done = fuser.optimize(layer, example_inputs=(torch.randn(2, 5, 8),))
+    assert done.report.applied and done.report.verification is not None and done.report.verification.passed
+    only_exact = fuser.optimize(layer, example_inputs=(torch.randn(2, 5, 8),), passes=["eliminate-identity"])
+    assert only_exact.report.applied and not only_exact.report.warnings
+
+
 def test_lazy_parts(tmp_path: Path) -> None:
     lazy = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d()).eval()
     for options in ({}, {"example_inputs": (X,)}):

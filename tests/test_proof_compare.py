@@ -97,6 +97,46 @@ def test_integers_are_equal_but_where_right_evaluations_disagree() -> None:
     assert not Judge(words, [], 0.0).judge(np.array(["a", "c"], object)).fine
 
 
+def flipped(mask: np.ndarray, count: int, seed: int) -> np.ndarray:
+    places = np.random.default_rng(seed).choice(mask.size, count, replace=False)
+    other = mask.copy()
+    other.reshape(-1)[places] ^= True
+    return other
+
+
+def test_among_many_integers_each_right_evaluation_differs_somewhere_else() -> None:
+    mask = RNG.random((1, 4, 256, 256)) < 0.5
+    judge = Judge(mask, [flipped(mask, 5, seed) for seed in range(8)], 0.0)
+    assert judge.judge(flipped(mask, 9, 100)).fine
+    assert not judge.judge(flipped(mask, 500, 100)).fine
+    channel = mask.copy()
+    channel[0, 2, :8, :8] ^= True
+    assert not judge.judge(channel).fine
+    assert Judge(mask, [mask], 0.0).judge(flipped(mask, 3, 100)).fine  # of a quarter of a million
+    assert not Judge(mask, [mask], 0.0).judge(flipped(mask, 9, 100)).fine
+    few = mask.reshape(-1)[:30]
+    assert not Judge(few, [flipped(few, 1, seed) for seed in range(8)], 0.0).judge(flipped(few, 2, 100)).fine
+
+
+def test_integers_that_rounding_decides_are_judged_as_numbers() -> None:
+    truth = (TRUTH * 1e8).astype(np.int64)
+    judge = Judge(truth, [(noisy(1e-7) * 1e8).astype(np.int64) for _ in range(2)], 0.0)
+    assert judge.judge((noisy(1e-7) * 1e8).astype(np.int64)).fine
+    assert not judge.judge((TRUTH * 1.01e8).astype(np.int64)).fine
+    words = Judge(np.array(["a"] * 40, object), [np.array(["b"] * 40, object)], 0.0).judge(np.array(["c"] * 40, object))
+    assert words.fine and words.noise == 1.0  # which proves nothing
+
+
+@pytest.mark.parametrize("mask", [-1e9, float(np.finfo(np.float32).min)])
+def test_a_mask_hides_nothing(mask: float) -> None:
+    kept = np.tril(np.ones((40, 40), bool))
+    scores = RNG.standard_normal((40, 40))
+    truth, wrong = np.where(kept, scores, mask), np.where(kept, scores * 1.01, mask)
+    original = np.where(kept, scores * (1 + U), mask)
+    assert Judge(truth, [original], U).judge(np.where(kept, scores * (1 - U), mask)).fine
+    assert not Judge(truth, [original], U).judge(wrong).fine
+
+
 def test_another_shape_fails_unless_rounding_decides_the_shape() -> None:
     judgement = Judge(TRUTH, [TRUTH], U).judge(TRUTH[:1])
     assert judgement.excess == math.inf and "shape [1, 8, 16, 16] instead of [2, 8, 16, 16]" in judgement.problem

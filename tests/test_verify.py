@@ -311,6 +311,78 @@ def test_a_difference_of_random_models_proves_nothing(verify: Any) -> None:
     assert verify(parse(seeded[0]), parse(seeded[1])).verdict == "different"
 
 
+def test_what_a_function_or_a_dropout_draws_proves_nothing(verify: Any) -> None:
+    def in_function(shift: float) -> ModelProto:
+        text = """<ir_version: 8, opset_import: ["" : 17, "custom" : 1]>
+        g (float[2,6] x) => (float[2,6] y) { n = custom.noise (x) y = Add (n, b) }
+        <domain: "custom", opset_import: ["" : 17]> noise (x) => (y) { n = RandomNormalLike (x) y = Add (x, n) }"""
+        model = onnx.parser.parse_model(text)
+        model.graph.initializer.append(numpy_helper.from_array(np.full(6, shift, np.float32), "b"))
+        return model
+
+    def dropped(shift: float, training: bool) -> ModelProto:
+        text = "g (float[2,6] x) => (float[2,6] y) { d = Dropout (x, ratio, training) y = Add (d, b) }"
+        constants = {"ratio": np.float32(0.1), "training": np.array(training), "b": np.full(6, shift, np.float32)}
+        return parse(text, **{name: np.asarray(value) for name, value in constants.items()})
+
+    assert verify(in_function(0.0), in_function(1.0)).verdict == "unverifiable"
+    assert verify(dropped(0.0, True), dropped(1.0, True)).verdict == "unverifiable"
+    assert verify(dropped(0.0, False), dropped(0.0, False)).passed
+    assert verify(dropped(0.0, False), dropped(1.0, False)).verdict == "different"
+
+
+def test_a_truth_that_is_no_number_where_the_runtimes_is_decides_nothing(verify: Any) -> None:
+    def pooled(factor: float) -> ModelProto:
+        return parse(
+            """g (float[1,1,2,2] x) => (float[1,1,2,4] y) {
+            p = AveragePool <kernel_shape = [2, 2], dilations = [3, 3], pads = [1, 1, 1, 1]> (x)
+            s = Add (x, p) y = MatMul (s, w) }""",
+            opset=19,
+            w=(factor * np.random.default_rng(0).standard_normal((2, 4))).astype(np.float32),
+        )
+
+    result = verify(pooled(1.0), pooled(1.0))
+    assert result.passed and result.truth == "noise-floor" and "not finite" in result.truth_note
+    assert verify(pooled(1.0), pooled(1.01)).verdict == "different"
+
+
+@pytest.mark.parametrize(
+    ("text", "changed"),
+    [("Abs (x)", "Identity (x)"), ("Clip (x, low, high)", "Identity (x)"), ("Clip (x, low)", "Identity (x)")],
+)
+def test_integers_are_negative_and_large_sometimes(verify: Any, text: str, changed: str) -> None:
+    one, other = (
+        parse(f"g (int64[3,8] x) => (int64[3,8] y) {{ y = {what} }}", low=np.array(0), high=np.array(255))
+        for what in (text, changed)
+    )
+    assert verify(one, one).passed and verify(one, other).verdict == "different"
+
+
+def test_maps_are_judged_by_their_keys(verify: Any) -> None:
+    def classifier(factor: float) -> ModelProto:
+        zip_map = helper.make_node("ZipMap", ["p"], ["y"], domain="ai.onnx.ml", classlabels_int64s=[3, 7])
+        scale = helper.make_node("Mul", ["x", "f"], ["p"])
+        kind = helper.make_map_type_proto(TensorProto.INT64, helper.make_tensor_type_proto(TensorProto.FLOAT, []))
+        graph = helper.make_graph(
+            [scale, zip_map],
+            "g",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 2])],
+            [helper.make_value_info("y", helper.make_sequence_type_proto(kind))],
+            [numpy_helper.from_array(np.array([1, factor], np.float32), "f")],
+        )
+        opsets = [helper.make_opsetid("", 17), helper.make_opsetid("ai.onnx.ml", 3)]
+        return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+
+    assert verify(classifier(1.0), classifier(1.0)).passed
+    result = verify(classifier(1.0), classifier(1.5))
+    assert result.verdict == "different" and "y[0][7]" in result.reason
+
+
+def test_the_excess_of_a_wrong_function_is_shown(verify: Any) -> None:
+    result = verify(linear(), linear(1.001))
+    assert result.outputs[0].excess > 1
+
+
 def test_noise_as_large_as_the_output_proves_nothing(verify: Any) -> None:
     """The difference of two products that are equal but for rounding, magnified."""
     text = """g (float[8,64] x) => (float[8,64] y) {

@@ -111,6 +111,87 @@ def test_a_module_is_left_as_it_was() -> None:
     assert result.passed
 
 
+def test_what_a_forward_notes_down_is_not_the_users() -> None:
+    class Noting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.seen, self.last = 0, [], None
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            self.last = x * 2
+            self.seen.append(self.last)
+            return self.last
+
+    module = Noting()
+    assert verify(module, nn.Sequential(Noting()), example_inputs=(X,)).passed
+    assert (module.calls, module.seen, module.last) == (0, [], None)
+
+
+class Decaying(nn.Module):
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(1))
+        self.decay = decay
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x * self.scale
+        self.scale.mul_(self.decay)
+        return y
+
+
+def test_what_the_first_call_leaves_behind_shows_in_the_second() -> None:
+    assert verify(Decaying(0.5), Decaying(0.5), example_inputs=(X,)).passed
+    result = verify(Decaying(1.0), Decaying(0.5), example_inputs=(X,))
+    assert result.verdict == "different" and "given twice" in result.reason
+
+
+def test_complex_numbers_are_two() -> None:
+    class Spectrum(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.factor = factor
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.fft.fft2(x * self.factor)
+
+    assert verify(Spectrum(1.0), Spectrum(1.0), example_inputs=(X,)).passed
+    assert verify(Spectrum(1.0), Spectrum(1.001), example_inputs=(X,)).verdict == "different"
+
+
+def test_other_results_than_tensors_with_strides() -> None:
+    class Kinds(nn.Module):
+        def __init__(self, kind: Any) -> None:
+            super().__init__()
+            self.kind = kind
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.kind(x.flatten(1))
+
+    sparse = Kinds(lambda x: x.relu().to_sparse())
+    assert verify(sparse, sparse, example_inputs=(X,)).passed
+    assert not verify(sparse, Kinds(lambda x: (2 * x).relu().to_sparse()), example_inputs=(X,)).passed
+    assert not verify(Kinds(lambda x: (x, x)), Kinds(lambda x: (x, None)), example_inputs=(X,)).passed
+
+
+def test_sizes_that_a_program_leaves_open_are_others_too() -> None:
+    class Sums(nn.Module):
+        def __init__(self, mean: bool) -> None:
+            super().__init__()
+            self.mean = mean
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return (x.mean(0) * 2 if self.mean else x.sum(0)) + y.sum()
+
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)}, {1: torch.export.Dim("length")})
+    args = (torch.randn(2, 3), torch.randn(2, 5))
+    one, other = (torch.export.export(Sums(mean), args, dynamic_shapes=shapes) for mean in (True, False))
+    result = verify(one, one)
+    assert result.passed and any("=6" in label or "=7" in label for label in result.sets)
+    assert verify(one, other).verdict == "different"
+    assert verify(Sums(True), other, example_inputs=args).verdict == "different"
+
+
 def test_what_is_returned_must_keep_its_structure_and_type() -> None:
     class Wrapped(nn.Module):
         def __init__(self, wrap: Any) -> None:

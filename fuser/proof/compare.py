@@ -12,8 +12,12 @@ the largest distance from the reference of any evaluation that is right by defin
 the original with constants or inputs moved by one rounding.  NaN and infinity must stand where some right evaluation
 has them.
 
+Where a few numbers are far larger than the others (a mask of -1e9), the others are judged by themselves, too.
+
 Integers, booleans and strings must be equal, except where right evaluations do not agree among themselves: there
-the value is decided by rounding (the arg max of a tie), and nothing can be asked of it.
+the value is decided by rounding (the arg max of a tie), and nothing can be asked of it.  Among many elements each
+evaluation has some such places to itself; the candidate may have FACTOR times as many, and one in CROWD at most.
+Integers of which rounding decides nearly all (a product of 1e8) are judged as numbers.
 """
 
 from __future__ import annotations
@@ -38,6 +42,12 @@ CROWD = 32
 """Elements that a group must have to be judged by itself."""
 BLIND = 0.5
 """Noise over signal from which on passing proves nothing."""
+STABLE = 0.1
+"""The share of elements on which right evaluations agree, from which on integers are compared for equality."""
+RARE = 1 << 16
+"""Among so many integers one more may differ than right evaluations show: these are few."""
+OUTLYING = 2.0**16
+"""How many times a small element the largest one must be for the others to be judged without it."""
 
 
 @dataclass
@@ -134,13 +144,18 @@ class Judge:
         return self._near(candidate.astype(np.float64), [other.astype(np.float64) for other in right])
 
     def _equal(self, candidate: Array, right: list[Array]) -> Judgement:
-        stable = np.ones(self.reference.shape, bool)
-        for other in right:
-            stable &= other == self.reference
-        wrong = int(np.count_nonzero((candidate != self.reference) & stable))
-        if not wrong:
+        others = np.array([other != self.reference for other in right]).reshape(len(right), *self.reference.shape)
+        differing = others.sum(axis=0)
+        stable = differing == 0
+        if right and stable.size and stable.mean() < STABLE:
+            if self.reference.dtype.kind in "iu":
+                return self._near(candidate.astype(np.float64), [other.astype(np.float64) for other in right])
+            return Judgement(noise=1.0)
+        wrong = (candidate != self.reference) & stable
+        if not wrong.any():
             return Judgement()
-        return Judgement(10.0, f"{wrong} of {candidate.size} elements differ")
+        excess = _excess_of_counts(wrong, [other & (differing == 1) for other in others])
+        return Judgement(excess, f"{np.count_nonzero(wrong)} of {candidate.size} elements differ")
 
     def _near(self, candidate: Array, right: list[Array]) -> Judgement:
         reference = self.reference.astype(np.float64)
@@ -151,7 +166,10 @@ class Judge:
         for other in right:
             np.maximum(noise, _error(other, reference), out=noise)
         error = np.where(finite, _error(candidate, reference), 0.0)
-        excess = _excess(error, noise, np.where(finite, np.abs(reference), 0.0), self.roundoff)
+        scale = np.where(finite, np.abs(reference), 0.0)
+        excess = _excess(error, noise, scale, self.roundoff)
+        if (ordinary := _ordinary(scale)) is not None:
+            excess = max(excess, _excess(error * ordinary, noise * ordinary, scale * ordinary, self.roundoff))
         size = float(_rms(np.where(finite, reference, 0.0), tuple(range(reference.ndim))))
         share = float(_rms(noise, tuple(range(noise.ndim)))) / size if size else None
         if excess <= 1:
@@ -248,6 +266,35 @@ def _excess(error: Array, noise: Array, scale: Array, roundoff: float) -> float:
                 ratio = np.where(found > 0, found / allowed, 0.0)
             worst = max(worst, float(ratio.max(initial=0.0)))
     return worst
+
+
+def _excess_of_counts(wrong: Array, alone: Sequence[Array]) -> float:
+    """The largest ratio of how many elements differ to how many may, over all groups of elements.
+
+    alone: for each right evaluation, the elements in which it differs from all others, as `wrong` does.
+    """
+    spare = wrong.size // RARE
+    most = max((int(np.count_nonzero(one)) for one in alone), default=0)
+    worst = 0.0
+    for axes in _groups(wrong.shape):
+        found = np.asarray(np.sum(wrong, axis=axes))
+        counts = [np.asarray(np.sum(one, axis=axes)) for one in alone]
+        shared = min(most, max(1.0, most / found.size))  # they are somewhere else each time
+        most_here = wrong.size / found.size / CROWD
+        allowed = np.minimum(FACTOR * np.maximum(shared, np.max(counts, axis=0) if counts else 0), most_here) + spare
+        ratio = np.divide(found, allowed, out=np.where(found > 0, 10.0, 0.0), where=allowed > 0)
+        worst = max(worst, float(ratio.max(initial=0.0)))
+    return worst
+
+
+def _ordinary(scale: Array) -> Array | None:
+    """Which elements are no outliers, in size; None where there are none, or they are all but a few."""
+    sizes = scale[scale > 0]
+    if sizes.size < CROWD:
+        return None
+    small = float(np.quantile(sizes, 0.1))
+    ordinary: Array = scale <= math.sqrt(OUTLYING) * small
+    return ordinary if float(sizes.max()) > OUTLYING * small and np.count_nonzero(ordinary) >= CROWD else None
 
 
 def _groups(shape: Sequence[int]) -> Iterator[tuple[int, ...]]:

@@ -78,6 +78,8 @@ def to_numpy(tensor: torch.Tensor) -> Any:
     """A tensor as an array; bfloat16 by way of ml_dtypes."""
     import ml_dtypes
 
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)

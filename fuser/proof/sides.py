@@ -141,8 +141,16 @@ class OnnxSide:
 
     def is_random(self) -> bool:
         """See `Side.is_random`: without a seed of its own."""
-        nodes = _nodes(self.model.proto.graph)
-        return any(node.op_type in _RANDOM and all(a.name != "seed" for a in node.attribute) for node in nodes)
+        proto = self.model.proto
+        nodes = [node for graph in (proto.graph, *proto.functions) for node in _nodes(graph)]
+        return any(all(a.name != "seed" for a in node.attribute) and self._draws(node, nodes) for node in nodes)
+
+    def _draws(self, node: onnx.NodeProto, nodes: Sequence[onnx.NodeProto]) -> bool:
+        if node.op_type != "Dropout" or len(node.input) < 3 or not node.input[2]:
+            return node.op_type in _RANDOM
+        stored = [tensor for tensor in self.model.proto.graph.initializer if tensor.name == node.input[2]]
+        stored += [a.t for n in nodes if node.input[2] in n.output for a in n.attribute if a.name == "value"]
+        return not stored or bool(self.model.array(stored[0]).any())  # its training_mode
 
     def lost_by(self, after: Any) -> list[str]:
         """See `Side.lost_by`."""
@@ -336,9 +344,9 @@ def _open_onnx(stack: ExitStack, model: Any) -> tuple[files.ModelFile, str]:
     return files.load(path), path
 
 
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+def _nodes(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
     for node in graph.node:
         yield node
         for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
+            for body in [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else attribute.graphs:
+                yield from _nodes(body)

@@ -14,6 +14,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from fuser.errors import InputError
+from fuser.graphs.torch.copy import Copier
 from fuser.proof import data, inputs
 from fuser.proof.float64_torch import InFloat64, nudge, to_numpy, to_torch
 from fuser.proof.inputs import InputSet, Sizes, Spec
@@ -22,14 +23,25 @@ from fuser.proof.runners import Feeds
 from fuser.proof.sides import OnnxSide, Probe, finite, longest_row
 
 
+class Twice(tuple[Any, ...]):
+    """Inputs for two calls in a row, of which the second one counts: the first may leave something behind."""
+
+
 class TorchRunner:
-    """A module in torch, evaluated as it stands: its mode, its state and the random state are left as they were."""
+    """A module in torch, evaluated as it stands: its mode, its state and the random state are left as they were.
+
+    What a forward notes down otherwise (a counter, a list) is noted in a copy, which shares the tensors.
+    """
 
     runtime = "torch"
 
     def __init__(self, module: torch.nn.Module, arguments: Arguments) -> None:
-        self._module, self._arguments = module, arguments
+        self._module, self._arguments = Copier().module(module), arguments
         self.seconds = 0.0
+
+    def returned(self) -> Any:
+        """What the module returns for the examples, as it is."""
+        return self._call(self._module, self._arguments.examples)
 
     def run(
         self, sets: Sequence[Feeds], *, optimize: bool = False, first: bool = False, seed: int = 0
@@ -55,16 +67,18 @@ class TorchRunner:
         return answers
 
     def _run(self, module: torch.nn.Module, values: Feeds, *, wide: bool = False, seed: int = 0) -> Outcome:
-        args, kwargs = self._arguments.call(values, wide)
         try:
-            with torch.no_grad(), torch.random.fork_rng(), torch.autocast("cpu", enabled=False), _undisturbed(module):
-                torch.manual_seed(seed)
-                with _in_float64() if wide else contextlib.nullcontext():
-                    returned = module(*args, **kwargs)
+            leaves = pytree.tree_leaves(self._call(module, values, wide=wide, seed=seed))
+            return [to_numpy(leaf) if isinstance(leaf, torch.Tensor) else _scalar(leaf) for leaf in leaves]
         except Exception as error:
             return Failure("refused", first_line(error))
-        leaves = pytree.tree_leaves(returned)
-        return [to_numpy(leaf) if isinstance(leaf, torch.Tensor) else _scalar(leaf) for leaf in leaves]
+
+    def _call(self, module: torch.nn.Module, values: Feeds, *, wide: bool = False, seed: int = 0) -> Any:
+        calls = [self._arguments.call(values, wide) for _ in range(2 if isinstance(values, Twice) else 1)]
+        with torch.no_grad(), torch.random.fork_rng(), torch.autocast("cpu", enabled=False), _undisturbed(module):
+            torch.manual_seed(seed)
+            with _in_float64() if wide else contextlib.nullcontext():
+                return [module(*args, **kwargs) for args, kwargs in calls][-1]
 
 
 class Arguments:
@@ -104,11 +118,12 @@ class TorchSide:
         example = self.runner.run([arguments.examples])[0]
         if isinstance(example, Failure):
             raise InputError(f"the module cannot be run on the example inputs: {example}")
-        args, kwargs = arguments.call(arguments.examples, False)
-        with torch.no_grad(), torch.random.fork_rng(), _undisturbed(module):
-            returned = module(*args, **kwargs)
-        self.returned = returned
-        self.output_names = _output_names(returned)
+        self.returned = self.runner.returned()
+        self.output_names = _output_names(self.returned)
+        self._sizes: list[tuple[str, list[tuple[int, ...]]]] = []
+        if isinstance(model, torch.export.ExportedProgram):
+            self._sizes = _other_sizes(model, arguments.examples)
+        self._keeps_state = False
 
     def is_random(self) -> bool:
         """See `Side.is_random`: told by two seeds."""
@@ -133,7 +148,9 @@ class TorchSide:
         ]
 
     def cannot_pair(self, after: Any) -> str:
-        """See `Side.cannot_pair`."""
+        """See `Side.cannot_pair`.  Also tells what the other one allows and does, too."""
+        if isinstance(after, TorchSide):
+            self._sizes, self._keeps_state = self._sizes or after._sizes, True
         if len(after.output_names) != len(self.output_names):
             return f"it has {len(after.output_names)} outputs instead of {len(self.output_names)}"
         if isinstance(after, OnnxSide) and len(after.input_names) != len(self.arguments.names):
@@ -158,10 +175,16 @@ class TorchSide:
         return Probe({}, self.runner.seconds)
 
     def more(self, sizes: Sizes, seed: int, number: int) -> list[InputSet]:
-        """See `Side.more`: the examples, and others like them."""
-        sets = [InputSet("the example inputs", tuple(self.arguments.examples))]
+        """See `Side.more`: the examples, and others like them, of other sizes where these are open."""
+        examples = self.arguments.examples
+        sets = [InputSet("the example inputs", tuple(examples))]
+        for label, shapes in self._sizes:
+            resized = [np.resize(array, shape) for array, shape in zip(examples, shapes, strict=True)]
+            sets.append(InputSet(label, inputs.vary(resized, "normal", seed).values))
         order = ("normal", "large", "zeros", "negative", "small", "unit")
-        sets += [inputs.vary(self.arguments.examples, kind, seed + index) for index, kind in enumerate(order)]
+        sets += [inputs.vary(examples, kind, seed + index) for index, kind in enumerate(order)]
+        if self._keeps_state:
+            sets.append(InputSet("the example inputs, given twice", Twice(examples)))
         return sets[: max(number, 2)]
 
     def stand_in(self, failure: Failure) -> bool:
@@ -175,6 +198,41 @@ class TorchSide:
     def output_dtype(self, name: str, output: Any) -> Any:
         """See `Side.output_dtype`."""
         return output.dtype
+
+
+def _other_sizes(
+    program: torch.export.ExportedProgram, examples: Sequence[Any]
+) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """Shapes of all inputs where each size that the program leaves open is another one than in the examples; in words.
+
+    None where nothing is open, or sizes depend on each other in ways that leave nothing else.
+    """
+    placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    values = [placeholders.get(name) for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    shapes = [value.shape for value in values if isinstance(value, torch.Tensor)]
+    if [len(shape) for shape in shapes] != [array.ndim for array in examples]:
+        return []
+    found: list[tuple[str, list[tuple[int, ...]]]] = []
+    for step in (1, -1):
+        sizes: dict[Any, int] = {}
+        for shape, array in zip(shapes, examples, strict=True):
+            for dim, size in zip(shape, array.shape, strict=True):
+                if isinstance(dim, torch.SymInt) and dim.node.expr.is_symbol:
+                    sizes.setdefault(dim.node.expr, size + step * (1 + len(sizes)))
+        ranges = program.range_constraints
+        if not sizes or any(size < 1 or s not in ranges or size not in ranges[s] for s, size in sizes.items()):
+            continue
+        told = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
+        found.append((f"normal ({told})", [tuple(_size(dim, sizes) for dim in shape) for shape in shapes]))
+    return [(label, shapes) for label, shapes in found if min(size for shape in shapes for size in shape) > 0]
+
+
+def _size(dim: Any, sizes: Mapping[Any, int]) -> int:
+    """0 for what is no whole number."""
+    if not isinstance(dim, torch.SymInt):
+        return int(dim)
+    size = dim.node.expr.subs(sizes)
+    return int(size) if size.is_integer and size.is_number else 0
 
 
 def arguments_for(

@@ -105,8 +105,14 @@ class Trial:
         self.truth = "float64"
         if not isinstance(candidate_truth, Failure):
             candidate = dict(_named(self._before.output_names, self._before.paired(self._after, candidate_truth)))
-            if found := self._each(wide, candidate, lambda name: self._same_function(name, candidate, wide)):
-                self._figures(wide, {})
+            judgements: dict[str, Judgement] = {}
+
+            def judge(name: str) -> Judgement:
+                judgements[name] = self._same_function(name, candidate, wide)
+                return judgements[name]
+
+            if found := self._each(wide, candidate, judge):
+                self._figures(wide, judgements)
                 return f"{found} (both models in float64)"
         return self._judge(wide, lambda name: self._same_run(name, wide))
 
@@ -181,7 +187,7 @@ class Trial:
 
     def _figures(self, reference: dict[str, Any], judgements: dict[str, Judgement]) -> None:
         for name, original in self._original.items():
-            if original is None or name not in self._candidate or name not in reference:
+            if original is None or self._candidate.get(name) is None or name not in reference:
                 continue
             entry = figures(name, self._candidate[name], reference[name], original)
             entry.excess = judgements[name].excess if name in judgements else 0.0
@@ -192,12 +198,15 @@ class Trial:
 
         The runtime's own result must be within a tenth of it, unless the model amplifies rounding to that size.
         """
+        runtime = self._before.runner.runtime
         for name, original in self._original.items():
             wide = truth.get(name)
             if original is None or wide is None:
                 continue
             if wide.shape != original.shape:
                 return f"the float64 evaluation gives another shape for {name!r} than the original"
+            if is_float(original.dtype) and (_is_finite(original) & ~_is_finite(wide)).any():
+                return f"the float64 evaluation of {name!r} is not finite where that of {runtime} is"
             if not is_float(original.dtype):
                 wrong = original != wide
                 for sample in self._nudge(FIRST_NUDGES) if wrong.any() else []:
@@ -208,7 +217,7 @@ class Trial:
             elif _far(original, wide):
                 spread = [_distance(sample[name], wide) for sample in self._nudge(FIRST_NUDGES) if name in sample]
                 if _distance(original, wide) > 100 * max(spread, default=0.0):
-                    return f"the float64 evaluation of {name!r} is far from what {self._before.runner.runtime} computes"
+                    return f"the float64 evaluation of {name!r} is far from what {runtime} computes"
         return ""
 
     def _stages(self, *more: Callable[[], list[dict[str, Any]]]) -> Iterator[list[dict[str, Any]]]:
@@ -253,10 +262,14 @@ class Trial:
 
 
 def _named(names: list[str], outputs: list[Any]) -> Iterator[tuple[str, Any]]:
-    """Every array by name; the items of a sequence get an index."""
+    """Every array by name; the items of a sequence get an index, those of a map their key.  Complex numbers are two."""
     for name, value in zip(names, outputs, strict=True):
         if isinstance(value, list):
-            yield from ((f"{name}[{index}]", item) for index, item in enumerate(value))
+            yield from _named([f"{name}[{index}]" for index in range(len(value))], value)
+        elif isinstance(value, dict):
+            yield from _named([f"{name}[{key!r}]" for key in value], list(map(np.asarray, value.values())))
+        elif isinstance(value, np.ndarray) and value.dtype.kind == "c":
+            yield name, np.stack([value.real, value.imag], axis=-1)
         else:
             yield name, value
 
@@ -274,7 +287,11 @@ def _moved(values: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
         # Zeros among other numbers mean something; nothing but zeros has to move, too.
         return (wide + step * (np.abs(wide) if wide.any() else 1.0)).astype(value.dtype)
 
-    return tuple(move(value) for value in values)
+    return type(values)(move(value) for value in values)
+
+
+def _is_finite(values: Array) -> Array:
+    return np.isfinite(values.astype(np.float64))
 
 
 def _distance(values: Array, reference: Array) -> float:
