@@ -225,6 +225,8 @@ class Walker:
         match op:
             case AveragePool(pads_counted=True) if m.affine.shift.any():
                 return Missed("padding", f"{name} averages over padding zeros, too")
+            case MaxPool(hollow=True) | AveragePool(hollow=True) if isinstance(op, MaxPool) or m.affine.shift.any():
+                return Missed("padding", f"{name} may have windows that lie in the padding alone")
             case MaxPool() | Reduction(function="max") if not (m.affine.scale > 0).all():
                 return Missed("not-monotone", f"{name} takes the largest elements, and not all factors are positive")
             case Pad(mode="constant") if _adds_elements(op) and not _keeps(m.affine, op.value):
@@ -407,6 +409,8 @@ class Walker:
         arrays = new_constants(op, old, factor * old.alpha, bias)
         new = NewConstants(arrays.get("weight", old.weight), np.asarray(arrays.get("bias", bias)))
         if not (algebra.is_finite(new.weight) and algebra.is_finite(new.bias)):
+            if not (algebra.is_finite(old.weight) and algebra.is_finite(old.bias)):
+                return Missed("not-finite", f"the constants of {name} are not finite as they are")
             return Missed(
                 "not-finite",
                 f"the new constants of {name} would not be finite in {old.weight.dtype}",

@@ -84,12 +84,15 @@ def _batch_norm(graph: Graph, op: BatchNorm) -> AffineOp | Missed:
     shapes = {p.shape for p in parameters.values() if p is not None}
     if len(shapes) != 1 or mean.ndim != 1:
         return Missed("shape-mismatch", f"its parameters have the shapes {', '.join(map(str, sorted(shapes)))}")
+    if op.epsilon is None:
+        return Missed("not-constant", "its epsilon is decided by the caller of the function that it is in")
     affine = ChannelAffine.from_batch_norm(parameters["scale"], parameters["bias"], mean, var, op.epsilon)
     if not affine.is_finite:
         channel = int(np.flatnonzero(~(np.isfinite(affine.scale) & np.isfinite(affine.shift)))[0])
-        return Missed(
-            "not-finite", f"channel {channel} has variance {float(var[channel]):g} with epsilon {op.epsilon:g}"
-        )
+        numbers = {field: float(array[channel]) for field, array in parameters.items() if array is not None}
+        named = [f"{field} {number:g}" for field, number in numbers.items() if not np.isfinite(number)]
+        named = named or [f"variance {numbers['var']:g} with epsilon {op.epsilon:g}"]
+        return Missed("not-finite", f"channel {channel} has {', '.join(named)}")
     return AffineOp(op.input, Map(affine, 1))
 
 

@@ -86,7 +86,7 @@ class BatchNorm(Op):
 
     scale and bias are None where the layer has no affine part; mean and var are None where it has no running
     statistics.  per_channel is False for the BatchNormalization-7 with `spatial=0`, which keeps statistics for
-    each element.
+    each element.  epsilon is None where the caller of an ONNX function decides it.
     """
 
     input: Value
@@ -94,7 +94,7 @@ class BatchNorm(Op):
     bias: Value | None
     mean: Value | None
     var: Value | None
-    epsilon: float
+    epsilon: float | None
     training: bool = False
     per_channel: bool = True
 
@@ -249,11 +249,13 @@ class AveragePool(Op):
 
     pads_counted: some windows average over padding zeros, so y of a constant is not that constant.
     window: None where it depends on the size of the input.
+    hollow: some windows may have no element of the input, only padding; what y is there depends on no element.
     """
 
     input: Value
     pads_counted: bool = False
     window: Window | None = None
+    hollow: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,11 +271,13 @@ class MaxPool(Op):
 
     spatial: how many axes that are, the last ones.
     window: None where it depends on the size of the input, or leaves gaps.
+    hollow: some windows may have no element of the input, and y is then the lowest number, but for infinity.
     """
 
     input: Value
     spatial: int
     window: Window | None = None
+    hollow: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_models
 import pytest
 import torch
 from onnx import helper, numpy_helper
@@ -581,3 +582,30 @@ def test_a_sum_of_more_branches_than_there_are_rounds() -> None:
     proto = model(nodes, [2, 2, 5], [2, 2, 5], constants)
     assert [one.op_type for one in check(proto, normal(2, 2, 5)).graph.node] == ["Conv"]
     assert fuser.optimize(proto, verify=False).report.rounds < 5  # not one for each
+
+
+@pytest.mark.parametrize("pool", ["AveragePool", "MaxPool"])
+@pytest.mark.parametrize("order", ["conv bn", "bn conv"])
+def test_a_window_of_padding_alone_is_no_affine_map_of_anything(pool: str, order: str) -> None:
+    """A runtime makes 0 of it, or the lowest number."""
+    parts = {
+        "conv": lambda x, y: node("Conv", [x, "w"], [y]),
+        "bn": lambda x, y: node("BatchNormalization", [x, "gamma", "beta", "mean", "var"], [y]),
+    }
+    first, last = (parts[name] for name in order.split())
+
+    def pooled(size: int | str, dilation: int) -> onnx.ModelProto:
+        options = {"kernel_shape": [2, 2], "dilations": [dilation] * 2, "pads": [1] * 4}
+        constants = {"w": np.eye(2)[..., None, None], "gamma": [0.5, 2.0], "beta": [1.0, 1.0]}
+        return onnx_models.model(
+            [first("x", "a"), node(pool, ["a"], ["b"], **options), last("b", "y")],
+            x=["N", 2, size, size],
+            constants={k: np.asarray(v, np.float32) for k, v in {**constants, "mean": [0, 0], "var": [1, 1]}.items()},
+            opset=19,
+        )
+
+    for size in (2, "S"):
+        done = fuser.optimize(pooled(size, 3), verify=False, passes=["fold-batch-norm"])
+        assert [remark.code for remark in done.report.missed] == ["padding"] and not done.report.applied
+    for size, dilation in ((3, 3), (2, 1), ("S", 1)):
+        assert fuser.optimize(pooled(size, dilation), passes=["fold-batch-norm"]).report.applied

@@ -15,7 +15,7 @@ import pytest
 import torch
 from fuser.passes.fold_batch_norm import FoldBatchNorm
 from hosts_torch import Traced
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 from onnx_models import RNG, batch_norm, conv, conv_constants, model, node, op_types
 from rewriting import DOUBLE, applied, evaluate, refused, rewritten
 
@@ -335,6 +335,28 @@ def test_not_finite() -> None:
     half["w"], half["var"] = np.full_like(half["w"], 1000), np.full_like(half["var"], 1e-4)
     proto = model([conv(), batch_norm()], constants=half, dtype=onnx.TensorProto.FLOAT16)
     assert refused(proto, FOLD) == {"not-finite": 1}
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta", "mean", "w"])
+def test_what_is_not_finite_is_named(name: str) -> None:
+    arrays = constants()
+    arrays[name] = arrays[name].copy()
+    arrays[name][1] = np.nan
+    (remark,) = fuser.explain(double([conv(), batch_norm()], arrays), passes=[FOLD.name]).missed
+    field = {"gamma": "scale", "beta": "bias"}.get(name, name)
+    told = "the constants of conv_c are not finite" if name == "w" else f"channel 1 has {field} nan"
+    assert remark.code == "not-finite" and told in remark.reason
+
+
+def test_an_epsilon_that_the_caller_decides() -> None:
+    norm = batch_norm()
+    del norm.attribute[:]
+    norm.attribute.add(name="epsilon", ref_attr_name="eps", type=onnx.AttributeProto.FLOAT)
+    stored = [helper.make_node("Constant", [], [k], value=numpy_helper.from_array(v)) for k, v in constants().items()]
+    imports = [helper.make_opsetid("", 17)]
+    function = helper.make_function("custom", "Block", ["x"], ["y"], [*stored, conv(), norm], imports, ["eps"])
+    proto = model([helper.make_node("Block", ["x"], ["y"], domain="custom", eps=0.5)], functions=[function])
+    assert refused(proto, FOLD) == {"not-constant": 1}
 
 
 def test_shape_mismatch() -> None:

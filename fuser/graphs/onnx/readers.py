@@ -223,6 +223,7 @@ def _elementwise(n: NodeReader) -> ops.Op:
 
 def _batch_norm(n: NodeReader) -> ops.Op:
     training = bool(n.attribute("training_mode", 0)) if n.opset >= 14 else bool(n.extra_outputs)
+    epsilon = n.node.attrs.get("epsilon", 1e-5)
     return ops.BatchNorm(
         n.node,
         n.output,
@@ -231,7 +232,7 @@ def _batch_norm(n: NodeReader) -> ops.Op:
         bias=n.required(2),
         mean=n.required(3),
         var=n.required(4),
-        epsilon=n.attribute("epsilon", 1e-5),
+        epsilon=None if isinstance(epsilon, AttributeRef) else epsilon,
         training=training,
         per_channel=bool(n.attribute("spatial", 1)),
     )
@@ -435,17 +436,28 @@ def _lowest(n: NodeReader) -> float:
 
 
 def _average_pool(n: NodeReader) -> ops.Op:
-    padded = any(n.attribute("pads") or []) or n.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
-    counted = bool(n.attribute("count_include_pad", 0)) and padded
+    counted = bool(n.attribute("count_include_pad", 0)) and _is_padded(n)
     return ops.AveragePool(
-        n.node, n.output, n.required(0), counted or bool(n.attribute("ceil_mode", 0)), window=_window(n)
+        n.node, n.output, n.required(0), counted or bool(n.attribute("ceil_mode", 0)), _window(n), _is_hollow(n)
     )
 
 
 def _max_pool(n: NodeReader) -> ops.Op:
     if n.extra_outputs:  # indices into the input, padding included
         raise Unreadable
-    return ops.MaxPool(n.node, n.output, n.required(0), len(n.attribute("kernel_shape")), _window(n))
+    return ops.MaxPool(n.node, n.output, n.required(0), len(n.attribute("kernel_shape")), _window(n), _is_hollow(n))
+
+
+def _is_padded(n: NodeReader) -> bool:
+    return any(n.attribute("pads") or []) or n.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+
+
+def _is_hollow(n: NodeReader) -> bool:
+    """Whether elements of a window are further apart than a padded input may be long."""
+    dilations = n.attribute("dilations") or []
+    sizes = (n.graph.shape(n.required(0)) or (None,) * (2 + len(dilations)))[2:]
+    wide = any(d > 1 and not (isinstance(size, int) and size >= d) for size, d in zip(sizes, dilations, strict=True))
+    return wide and _is_padded(n)
 
 
 def _global_max_pool(n: NodeReader) -> ops.Op:
