@@ -455,9 +455,10 @@ def _is_padded(n: NodeReader) -> bool:
 def _is_hollow(n: NodeReader) -> bool:
     """Whether elements of a window are further apart than a padded input may be long."""
     dilations = n.attribute("dilations") or []
+    if max(dilations, default=1) == 1 or not _is_padded(n):
+        return False
     sizes = (n.graph.shape(n.required(0)) or (None,) * (2 + len(dilations)))[2:]
-    wide = any(d > 1 and not (isinstance(size, int) and size >= d) for size, d in zip(sizes, dilations, strict=True))
-    return wide and _is_padded(n)
+    return any(d > 1 and not (isinstance(size, int) and size >= d) for size, d in zip(sizes, dilations, strict=True))
 
 
 def _global_max_pool(n: NodeReader) -> ops.Op:
