@@ -305,4 +305,7 @@ def _no_collector() -> Iterator[None]:
         yield
     finally:
         if collecting:
+            if not gc.get_freeze_count():  # not among what is new, where the next collection would go through it
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
