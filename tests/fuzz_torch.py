@@ -179,7 +179,7 @@ class _Builder:
             norm = lambda net, y: net.layers[name](y)  # noqa: E731
         if dice.random() < 0.2:
             return lambda net, values: norm(net, values[at])
-        out = x.dim() > 2 and kind == "group"
+        out = 2 < x.dim() < 6 and kind == "group"
         bias = dice.random() < 0.7
         reader = self._layer(
             {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}[x.dim()](x.shape[1], 3, 1, bias=bias)
