@@ -118,6 +118,7 @@ def optimize(
         raise InputError("input_shapes is for ONNX models; the shapes of a module's inputs are those of example_inputs")
     if inputs is not None and job.source.may_lack_inputs:
         raise InputError("inputs are values for the arguments that example_inputs shows; give example_inputs, too")
+    job.source.check()
     with job.source, ExitStack() as stack:
         if verify:
             check = _check(job.source, stack, example_inputs, example_kwargs, inputs, input_shapes)

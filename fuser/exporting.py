@@ -183,6 +183,7 @@ def export(
     if not isinstance(example_inputs, (tuple, list)):
         raise InputError(f"example_inputs is a tuple of positional arguments, not a {type(example_inputs).__name__}")
     destination = Destination(Path(output), layout, threshold)
+    destination.check()
     name = type(module).__name__
     abort, whole = on_failure == "abort", verify == "whole"
     program = capture(module, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)

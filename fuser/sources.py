@@ -79,6 +79,9 @@ class Source:
     ) -> None:
         pass
 
+    def check(self) -> None:
+        """Complain before the work, not after it: raise `InputError` for what cannot be read or written."""
+
     def graph(self) -> Graph:
         """A fresh graph over the original."""
         raise NotImplementedError
@@ -95,6 +98,12 @@ class Destination:
     path: Path
     layout: Layout = "auto"
     threshold: int = 1024
+
+    def check(self) -> None:
+        """Raise `InputError` when no model can be written there."""
+        from fuser import files
+
+        files.check_target(self.path)
 
     def write(self, model: ModelFile) -> Written:
         from fuser import files
@@ -133,6 +142,14 @@ class OnnxSource(Source):
         self._stack.close()
         for model in self._opened:
             model.close()
+
+    def check(self) -> None:
+        from fuser.files.sources import File
+
+        if isinstance(self.original, Path):
+            File(self.original).close()
+        if self.destination is not None:
+            self.destination.check()
 
     def graph(self) -> Graph:
         from fuser.graphs.onnx.graph import OnnxGraph

@@ -117,6 +117,28 @@ def test_a_device_is_no_place_for_a_model(home: Path) -> None:
     fails(fuser("optimize", "link.onnx", "/dev/full", "--no-verify", cwd=home / "here"), "not a regular file")
 
 
+@pytest.mark.parametrize("name", ["/dev/stdout", "log"])
+def test_a_model_does_not_take_the_place_of_what_is_printed(name: str, home: Path) -> None:
+    log = home / "here" / "log"
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "fuser", "optimize", "link.onnx", name, "--no-verify"]
+        done = subprocess.run(command, stdout=output, stderr=subprocess.PIPE, text=True, cwd=log.parent, timeout=120)
+    assert (done.returncode, log.read_text()) == (2, "")
+    assert done.stderr.startswith(f"error: cannot write {name}: what is printed goes there")
+
+
+def test_a_pipe_is_no_place_for_a_model(home: Path) -> None:
+    fails(fuser("optimize", "link.onnx", "/dev/stdout", "--no-verify", cwd=home / "here"), "not a regular file")
+
+
+@pytest.mark.parametrize("ending", [".json", ".onnxjson", ".onnxtxt", ".pbtxt", ".textproto", ".prototxt"])
+def test_names_that_onnx_reads_as_text_are_refused(ending: str, home: Path) -> None:
+    before = content(home)
+    done = fuser("optimize", "link.onnx", f"out{ending}", cwd=home / "here")
+    fails(done, f"cannot write out{ending}: onnx reads {ending} as text", "call it .onnx")
+    assert content(home) == before
+
+
 def test_data_files_that_leave_the_folder_are_refused(home: Path) -> None:
     secret = home / "secret.bin"
     np.zeros(10_000, np.float32).tofile(secret)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 import onnx
+from onnx.serialization import registry
 
 from fuser.errors import InputError
 from fuser.files import skeleton, wire
@@ -73,7 +74,7 @@ def save(
     for.  Bytes are the same at every run.  At every moment `path` is the whole old or the whole new model, and
     nothing stays of a failed save.  Raises `InputError` when the target cannot be written.
     """
-    target = _target(path)
+    target = check_target(path)
     data = target.with_name(target.name + ".data")
     in_place = model.path is not None and target == Path(os.path.realpath(model.path))
     model.check_unchanged()
@@ -194,21 +195,35 @@ class _Content:
 _PLACE = ("location", "offset", "length")
 
 
-def _target(path: str | os.PathLike[str]) -> Path:
-    """The file to replace: what `path` leads to.  Raises `InputError` when no file can be there."""
+def check_target(path: str | os.PathLike[str]) -> Path:
+    """The file to replace: what `path` leads to.  Raises `InputError` when no model can be there."""
     try:
         target = Path(os.path.realpath(path))
         if target.is_dir():
             raise InputError(f"cannot write {path}: it is a folder; add a file name")
-        if target.exists() and not target.is_file():
+        if os.path.exists(path) and not os.path.isfile(path):  # of a pipe, /dev/stdout leads to no path
             raise InputError(f"cannot write {path}: it is not a regular file")
+        if _is_printed_to(target):
+            raise InputError(f"cannot write {path}: what is printed goes there; give the model a file of its own")
         if target.is_symlink():
             raise InputError(f"cannot write {path}: it is a link that leads round in a circle")
         if not target.parent.is_dir():
             raise InputError(f"cannot write {path}: there is no folder {target.parent}")
+        ending = Path(path).suffix
+        if registry.get_format_from_file_extension(ending) not in (None, "protobuf"):
+            raise InputError(f"cannot write {path}: onnx reads {ending} as text, and this is binary; call it .onnx")
     except (OSError, ValueError) as error:  # a name too long, a NUL in it
         raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from None
     return target
+
+
+def _is_printed_to(target: Path) -> bool:
+    """Whether standard output or error is redirected to the file: a model in its place would lose what is printed."""
+    for stream in (1, 2):
+        with suppress(OSError):  # there is no such file yet, or the stream is closed
+            if os.path.samestat(target.stat(), os.fstat(stream)):
+                return True
+    return False
 
 
 def _spare_the_source(model: ModelFile, written: list[Path]) -> None:
