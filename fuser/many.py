@@ -62,7 +62,8 @@ def optimize_many(
 
     Args:
         paths: .onnx files; their names have to differ, whatever folders they are in.
-        output_dir: made if it does not exist.  For an executor of other machines: a folder that they share.
+        output_dir: made if it does not exist, and none of those of `paths`.  For an executor of other machines: a
+            folder that they share.
         executor: any `concurrent.futures.Executor`, that of a cluster included (Dask's `Client.get_executor()`); it
             is not shut down.  By default each job has a process of its own, so that a crash harms one file only.
         jobs: how many run at a time without an `executor`; one for each core by default.
@@ -86,6 +87,8 @@ def optimize_many(
         raise InputError("paths is a list of files")
     sources = [os.fspath(path) for path in paths]
     targets = _targets(sources, Path(output_dir))
+    if executor is not None or any(map(os.path.exists, sources)):  # other machines may see what this one does not
+        _make(Path(output_dir))
     with ExitStack() as stack:
         run: Callable[[str, str, dict[str, Any]], Outcome] = optimize_one
         if executor is None:
@@ -143,11 +146,19 @@ def _targets(sources: list[str], folder: Path) -> list[str]:
     names = Counter(Path(source).name for source in sources)
     if doubled := [name for name, count in names.items() if count > 1]:
         raise InputError(f"several of the files are called {doubled[0]}; in one folder they would overwrite each other")
+    targets = [str(folder / Path(source).name) for source in sources]
+    places = set(map(os.path.realpath, sources))
+    for target in targets:
+        if os.path.realpath(target) in places:
+            raise InputError(f"cannot write {target}: it is one of the models to read; choose another output folder")
+    return targets
+
+
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make the folder {folder}: {error.strerror}") from error
-    return [str(folder / Path(source).name) for source in sources]
 
 
 def _outcome(future: Future[Outcome], source: str) -> Outcome:

@@ -202,5 +202,23 @@ def test_what_is_wrong_with_the_arguments_is_said_before_anything_is_done(files:
         optimize_many(files, files[0])
 
 
+def test_the_models_themselves_are_not_overwritten(files: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to(tmp_path)
+    with pytest.raises(InputError, match=r"out/first\.onnx: it is one of the models to read"):
+        optimize_many(files, tmp_path / "out")
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "first.onnx"
+    other.symlink_to(files[2])
+    with pytest.raises(InputError, match=r"second\.onnx: it is one of the models to read"):
+        optimize_many([other, files[2]], tmp_path)
+
+
+def test_a_folder_is_made_for_models_that_are_there(files: list[Path], tmp_path: Path) -> None:
+    (outcome,) = optimize_many([tmp_path / "none.onnx"], tmp_path / "out")
+    assert "cannot read" in outcome.error and not (tmp_path / "out").exists()
+    optimize_many([tmp_path / "none.onnx", files[0]], tmp_path / "out", **UNVERIFIED)
+    assert os.listdir(tmp_path / "out") == ["first.onnx"]
+
+
 def test_no_files_are_no_outcomes(tmp_path: Path) -> None:
     assert optimize_many([], tmp_path / "out") == []
