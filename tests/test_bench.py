@@ -653,7 +653,8 @@ def test_torch_batch_and_shapes(tmp_path):
     ("arguments", "message"),
     [
         ({"seconds": 0}, "seconds must be positive"),
-        ({"threads": 0}, "threads must be at least 1"),
+        ({"threads": 0}, "threads must be from 1 to 1024, not 0"),
+        ({"threads": 1_000_000}, "threads must be from 1 to 1024, not 1000000"),
         ({"batch": 0}, "batch must be at least 1"),
         ({"seed": -1}, "seed must not be negative"),
         ({"dtype": "int7"}, "there is no dtype 'int7'; give one of fp32, fp16, bf16"),

@@ -26,6 +26,9 @@ from fuser.scratch import scratch_folder
 
 __all__ = ["ArmResult", "Benchmark", "Plan", "benchmark", "check_seconds"]
 
+_MOST_THREADS = 1024
+"""More than any machine has cores for; a runtime that is asked for a million of them does not come back."""
+
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "fp64": "float64"}
 
 
@@ -68,8 +71,8 @@ def benchmark(
     what there is by then is returned, and marked so.  Raises `InputError` for models or inputs that do not fit.
     """
     check_seconds(seconds)
-    if threads is not None and threads < 1:
-        raise InputError(f"threads must be at least 1, not {threads}")
+    if threads is not None and not 1 <= threads <= _MOST_THREADS:
+        raise InputError(f"threads must be from 1 to {_MOST_THREADS}, not {threads}")
     if batch is not None and batch < 1:
         raise InputError(f"batch must be at least 1, not {batch}")
     if seed < 0:
