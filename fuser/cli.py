@@ -112,13 +112,14 @@ def optimize(
     ] = "rollback",
     input_shape: InputShape = None,
     inputs: Inputs = None,
-    single_file: Annotated[
-        bool | None,
-        typer.Option("--single-file/--external-data", help="Weights inside OUT, or in OUT.data; default: as in IN."),
-    ] = None,
+    single_file: Annotated[bool, typer.Option("--single-file", help="Weights inside OUT; default: as in IN.")] = False,
+    external_data: Annotated[bool, typer.Option("--external-data", help="Weights in OUT.data.")] = False,
     threshold: Annotated[
-        int, typer.Option("--threshold", metavar="BYTES", min=0, help="From this size on weights go to OUT.data.")
-    ] = 1024,
+        int | None,
+        typer.Option(
+            "--threshold", metavar="BYTES", min=0, help="From this size on weights go to OUT.data; default 1024."
+        ),
+    ] = None,
     bench: Annotated[bool, typer.Option("--bench", help="Also measure the latency before and after.")] = False,
     bench_seconds: Annotated[float, typer.Option("--bench-seconds", help="How long each arm is measured.")] = 10.0,
     json: AsJson = False,
@@ -133,8 +134,16 @@ def optimize(
     _writable(report, *models, *(map(default_output, models)))
     if verify not in _VERIFY:
         raise InputError(f"--verify takes auto, whole or none, not {verify!r}")
-    if no_verify and verify == "whole":
-        raise InputError("--no-verify and --verify=whole contradict each other")
+    no_verify = no_verify or verify == "none"
+    _not_both("--no-verify", no_verify, "--verify=whole", verify == "whole")
+    _not_both("--no-verify", no_verify, "--inputs", inputs)
+    _not_both("--no-verify", no_verify, "--input-shape", input_shape and not bench)
+    _not_both("--no-verify", no_verify, "--on-failure=abort", on_failure == "abort")
+    _not_both("--single-file", single_file, "--external-data", external_data)
+    _not_both("--single-file", single_file, "--threshold", threshold is not None)
+    _not_both("--quiet", quiet, "--json", json)
+    _not_both("--quiet", quiet, "--json-lines", json_lines)
+    _not_both("--quiet", quiet, "--verbose", verbose)
     asked = _asked(passes, skip, freeze_inputs, shared_weights, max_growth)
     checking: dict[str, Any] = {
         "then": _names(then) or (),
@@ -142,12 +151,12 @@ def optimize(
         "on_failure": on_failure,
         "input_shapes": _shapes(input_shape),
         "inputs": inputs,
-        "layout": "auto" if single_file is None else "single" if single_file else "external",
-        "threshold": threshold,
+        "layout": "single" if single_file else "external" if external_data else "auto",
+        "threshold": 1024 if threshold is None else threshold,
     }
     if output_dir is not None:
-        if plan or bench or report or json:
-            raise InputError("--plan, --bench, --json and --report are for one model, not for --output-dir")
+        if plan or bench or report or json or verbose:
+            raise InputError("--plan, --bench, --json, --report and --verbose are for one model, not for --output-dir")
         _optimize_many(models, output_dir, jobs, json_lines, quiet, {**asked, **checking})
         return
     if jobs is not None or json_lines:
@@ -212,7 +221,7 @@ def _optimize_many(
                 str(one.path), *counts, Text(f"failed: {one.error}" if one.result is None else str(one.result.model))
             )
         out.print(table)
-    if quiet and not json_lines:
+    if quiet:
         for one in outcomes:
             if not one.ok:
                 _tell_error(one.error if one.path in one.error else f"{one.path}: {one.error}")
@@ -293,6 +302,8 @@ def bisect(
     """Find where a model goes wrong: the first wrong rewrite of IN, or the first tensor in which B differs from IN."""
     from fuser import api
 
+    if other is not None and (passes or skip or shared_weights != "copy" or max_growth is not None):
+        raise InputError("--passes, --skip, --shared-weights and --max-growth are for the rewrites of IN; leave out B")
     with _progress(quiet=False) as progress:
         if other is not None:
             from fuser.proof.bisect import first_difference
@@ -397,9 +408,12 @@ def list_passes(
         print(page(found.info(name)), end="")
         return
     if pages is not None:
-        pages.mkdir(parents=True, exist_ok=True)
+        try:
+            pages.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {pages}: {error.strerror}") from None
         for info in found.passes:
-            (pages / f"{info.name}.md").write_text(page(info))
+            _write(pages / f"{info.name}.md", page(info))
         return
     table = Table("pass", "contract", "hosts", "from", "what it does", box=None, pad_edge=False)
     for info in found.passes:
@@ -416,15 +430,18 @@ def main() -> None:
             stream.reconfigure(errors="replace")  # a terminal that lacks a character is no reason to fail
     gc.disable()  # a graph is many linked objects that stay; the cyclic collector would visit them again and again
     try:
-        app(_with_values(sys.argv[1:]))
+        _run(_with_values(sys.argv[1:]))
     except FuserError as error:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130)
     except BrokenPipeError:  # the reader of our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         sys.exit(0)
     except Exception as error:
+        if isinstance(error, OSError) and _output_is_stuck():
+            _close_output()
+            _fail(f"cannot print the result: {error.strerror}", 2)
         if os.environ.get("FUSER_DEBUG"):
             raise
         _fail(f"unexpected {type(error).__name__}: {error} (FUSER_DEBUG=1 shows where)", 1)
@@ -439,6 +456,29 @@ def _with_values(args: list[str]) -> list[str]:
         if arg == "--fail-if-slower" and not "".join(args[i + 1 : i + 2]).replace(".", "", 1).isdigit():
             given[i] = "--fail-if-slower=0"
     return given
+
+
+def _run(args: list[str]) -> None:
+    try:
+        app(args)
+    except SystemExit:  # which is how it ends, in any case
+        if sys.stdout is not None:
+            sys.stdout.flush()  # where this fails, it can still be told
+        raise
+
+
+def _output_is_stuck() -> bool:
+    """Whether standard output takes nothing more: its disk is full, say."""
+    try:
+        print(flush=True)
+    except OSError:
+        return True
+    return False
+
+
+def _close_output() -> None:
+    """Nothing more is printed, also not at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str, code: int) -> None:
@@ -472,6 +512,12 @@ def _asked(
     }
 
 
+def _not_both(one: str, given: Any, other: str, also_given: Any) -> None:
+    """Complain of two options of which one would be ignored."""
+    if given and also_given:
+        raise InputError(f"{one} and {other} contradict each other; leave one of them out")
+
+
 def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]] | None:
     """`name:1,3,224,224` as a dict; the name may hold colons."""
     shapes = {}
@@ -480,6 +526,8 @@ def _shapes(texts: list[str] | None) -> dict[str, tuple[int, ...]] | None:
         sizes = dims.split(",") if dims else []
         if not name or not all(size.strip().isdigit() for size in sizes):
             raise InputError(f"--input-shape takes NAME:1,3,224,224, not {text!r}")
+        if name in shapes:
+            raise InputError(f"--input-shape is given twice for {name!r}; leave one of them out")
         shapes[name] = tuple(int(size) for size in sizes)
     return shapes or None
 
@@ -490,8 +538,12 @@ def _writable(path: Path | None, *models: Path) -> None:
         return
     if os.path.realpath(path) in {os.path.realpath(f"{model}{end}") for model in models for end in ("", ".data")}:
         raise InputError(f"cannot write {path}: it is the place of a model; choose another name")
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"cannot write {path}")
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a folder; add a file name")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise InputError(f"cannot write {path}: permission denied")
 
 
 def _write(path: Path, text: str) -> None:

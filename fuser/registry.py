@@ -66,14 +66,16 @@ class Registry:
 
         options: given to each pass that has a field of that name.
 
-        Raises `InputError` for a name that is not registered.
+        Raises `InputError` for a name that is not registered, or both asked for and to skip.
         """
         known = {info.name: info for info in self.passes}
-        names, skip = list(known) if names is None else list(names), set(skip)
-        for name in [*names, *skip]:
+        wanted, skip = list(known if names is None else names), set(skip)
+        for name in [*wanted, *skip]:
             if name not in known:
                 raise InputError(self._unknown(name))
-        return [_create(known[name].cls, options) for name in names if name not in skip]
+        if names is not None and (both := skip.intersection(wanted)):
+            raise InputError(f"the pass {min(both)!r} is both to run and to skip; say one of them")
+        return [_create(known[name].cls, options) for name in wanted if name not in skip]
 
     def info(self, name: str) -> PassInfo:
         """The pass of that name; raises `InputError` where none is registered."""

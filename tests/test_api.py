@@ -243,6 +243,23 @@ def test_an_output_is_for_onnx_models(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "says"), [("out.json", r"onnx reads \.json as text"), ("no/out.onnx", "there is no folder")]
+)
+def test_an_output_that_cannot_be_is_told_before_the_work(name: str, says: str, tmp_path: Path) -> None:
+    stages: list[str] = []
+    with pytest.raises(InputError, match=says):
+        fuser.optimize(net_proto(), tmp_path / name, progress=stages.append)
+    with pytest.raises(InputError, match=says):
+        fuser.export(net(), (X,), tmp_path / name, progress=stages.append)
+    assert not stages and not list(tmp_path.iterdir())
+
+
+def test_passes_to_run_and_to_skip() -> None:
+    with pytest.raises(InputError, match="the pass 'fold-pad' is both to run and to skip"):
+        fuser.explain(net_proto(), passes=["fold-pad"], skip=["fold-pad"])
+
+
 def test_a_model_whose_weights_must_be_listed_as_inputs_is_folded() -> None:
     constants = conv_constants()
     old = model([conv(), batch_norm()], constants=constants, also_inputs=list(constants), opset=7, ir_version=3)

@@ -304,7 +304,8 @@ def test_bad_input(command: str, case: str, folder: Path) -> None:
         (["a.onnx", "b.onnx"], "give IN and OUT, or several models and --output-dir"),
         (["--verify", "maybe"], "--verify takes auto, whole or none"),
         (["--shared-weights", "maybe"], "shared_weights is one of copy, refuse"),
-        (["--report", "no/such/folder/r.json"], "cannot write"),
+        (["--report", "no/such/folder/r.json"], "there is no folder no/such/folder"),
+        (["--report", "."], "cannot write .: it is a folder; add a file name"),
         (["--inputs", "none.npz"], "there is no none.npz"),
         (["--report", "net.onnx"], "cannot write net.onnx: it is the place of a model"),
         (["--report", "./net.fused.onnx"], "it is the place of a model"),
@@ -316,6 +317,19 @@ def test_bad_input(command: str, case: str, folder: Path) -> None:
         (["--output-dir", "out", "--on-failure", "ignore"], "on_failure is one of rollback, abort"),
         (["--bench", "--bench-seconds", "0"], "seconds must be positive"),
         (["--no-verify", "--verify=whole"], "contradict each other"),
+        (["--no-verify", "--inputs", "x.npz"], "--no-verify and --inputs contradict each other"),
+        (["--verify=none", "--inputs", "x.npz"], "--no-verify and --inputs contradict each other"),
+        (["--no-verify", "--input-shape", "x:1,4,8,8"], "--no-verify and --input-shape contradict each other"),
+        (["--no-verify", "--on-failure=abort"], "--no-verify and --on-failure=abort contradict each other"),
+        (["--single-file", "--external-data"], "--single-file and --external-data contradict each other"),
+        (["--single-file", "--threshold", "0"], "--single-file and --threshold contradict each other"),
+        (["--input-shape", "x:1,4,8,8", "--input-shape", "x:2,4,8,8"], "--input-shape is given twice for 'x'"),
+        (["--passes", "fold-pad,fold-affine", "--skip", "fold-pad"], "'fold-pad' is both to run and to skip"),
+        (["--json", "--quiet"], "--quiet and --json contradict each other"),
+        (["--verbose", "--quiet"], "--quiet and --verbose contradict each other"),
+        (["--output-dir", "out", "--json-lines", "--quiet"], "--quiet and --json-lines contradict each other"),
+        (["--output-dir", "out", "--verbose"], "--verbose are for one model"),
+        (["--output-dir", "."], "cannot write net.onnx: it is one of the models to read"),
         (["."], ". is a folder"),
         ([""], ". is a folder"),
     ],
@@ -328,6 +342,22 @@ def test_bad_usage(arguments: list[str], says: str, folder: Path) -> None:
     assert os.listdir(folder) == ["net.onnx"]
 
 
+def test_bisect_of_two_models_takes_no_passes(folder: Path) -> None:
+    done = fuser("bisect", folder / "net.onnx", folder / "net.onnx", "--passes", "fold-pad")
+    assert done.returncode == 2 and "are for the rewrites of IN; leave out B" in done.stderr
+
+
+def test_a_plot_that_cannot_be_written_is_told_before_the_measurement(folder: Path) -> None:
+    done = fuser("bench", "net.onnx", "--plot", "no/p.png", cwd=folder)
+    assert done.returncode == 2 and done.stderr == "error: cannot write no/p.png: there is no folder no\n"
+
+
+def test_files_that_are_not_there_make_no_folder(folder: Path) -> None:
+    done = fuser("optimize", "none-*.onnx", "--output-dir", "out", cwd=folder)
+    assert done.returncode == 1 and "cannot read none-*.onnx" in done.stdout
+    assert os.listdir(folder) == ["net.onnx"]
+
+
 def test_bench_for_no_time(folder: Path) -> None:
     done = fuser("bench", folder / "net.onnx", "--seconds", "nan")
     assert done.returncode == 2 and "seconds must be positive" in done.stderr
@@ -336,6 +366,11 @@ def test_bench_for_no_time(folder: Path) -> None:
 def test_the_pages_of_one_pass(folder: Path) -> None:
     done = fuser("passes", "fold-pad", "--pages", folder / "pages")
     assert done.returncode == 2 and "leave out its name" in done.stderr and not (folder / "pages").exists()
+
+
+def test_pages_where_a_file_is(folder: Path) -> None:
+    done = fuser("passes", "--pages", "net.onnx", cwd=folder)
+    assert (done.returncode, done.stderr) == (2, "error: cannot make the folder net.onnx: File exists\n")
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "no memory"])
@@ -382,6 +417,16 @@ def test_a_reader_that_takes_little(folder: Path) -> None:
     done = fuser("optimize", folder / "net.onnx", folder / "größer.onnx", PYTHONIOENCODING="ascii", COLUMNS="40")
     assert done.returncode == 0, done.stderr
     assert "fold-b" in done.stdout and (folder / "größer.onnx").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("buffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [["passes"], ["explain", "net.onnx", "--json"], ["bisect", "net.onnx"]])
+def test_a_result_that_cannot_be_printed(folder: Path, arguments: list[str], buffered: str) -> None:
+    command = ["sh", "-c", '"$@" >/dev/full', "sh", sys.executable, "-m", "fuser", *arguments]
+    env = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=env, timeout=120)
+    assert (done.returncode, done.stderr) == (2, "error: cannot print the result: No space left on device\n")
 
 
 def test_an_output_that_cannot_be_written(folder: Path) -> None:
