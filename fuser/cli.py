@@ -182,7 +182,7 @@ def optimize(
     if json:
         print(story.to_json())
     elif not quiet:
-        out.print(story.render(verbose=verbose))
+        out.print(story.render(verbose=verbose, width=out.width))
         if plan:
             out.print(f"a plan: nothing was written{' or measured' if bench else ''}")
     if bench and not plan:
@@ -250,7 +250,7 @@ def explain(
         return
     for remark in (*story.applied, *story.missed):
         print(remark)
-    out.print(story.change_table())
+    out.print(story.change_table(out.width))
     for warning in story.warnings:
         err.print(f"warning: {warning}", markup=False, soft_wrap=True)
     print(f"{len(story.applied)} would be applied, {len(story.missed)} missed; nothing was written")
@@ -263,6 +263,9 @@ def verify(
     input_shape: InputShape = None,
     inputs: Inputs = None,
     exact: Annotated[bool, typer.Option("--exact", help="Ask for bit-identical outputs.")] = False,
+    freeze_inputs: Annotated[
+        bool, typer.Option("--freeze-inputs", help="Inputs of A that have a default may be missing in B.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the generated inputs.")] = 0,
     json: AsJson = False,
 ) -> None:
@@ -279,11 +282,12 @@ def verify(
             input_shapes=_shapes(input_shape),
             contract="exact" if exact else "rounding",
             seed=seed,
+            removed_inputs=_inputs_with_default(before) if freeze_inputs else (),
         )
     if json:
         print(encoder.dumps(found.to_dict(), indent=2, default=str))
     else:
-        out.print(found.render())
+        out.print(found.render(out.width))
     raise typer.Exit({"equivalent": 0, "unverifiable": 2}.get(found.verdict, 1))
 
 
@@ -308,7 +312,13 @@ def bisect(
         if other is not None:
             from fuser.proof.bisect import first_difference
 
-            found: Any = first_difference(model, other, inputs=inputs, input_shapes=_shapes(input_shape))
+            found: Any = first_difference(
+                model,
+                other,
+                inputs=inputs,
+                input_shapes=_shapes(input_shape),
+                removed_inputs=_inputs_with_default(model) if freeze_inputs else (),
+            )
         else:
             asked = _asked(passes, skip, freeze_inputs, shared_weights, max_growth)
             found = api.bisect(model, inputs=inputs, input_shapes=_shapes(input_shape), progress=progress, **asked)
@@ -510,6 +520,13 @@ def _asked(
         "shared_weights": shared_weights,
         "max_growth": max_growth,
     }
+
+
+def _inputs_with_default(model: Path) -> set[str]:
+    from fuser import files
+    from fuser.proof.interface import inputs_with_default
+
+    return inputs_with_default(files.load(model).proto.graph)
 
 
 def _not_both(one: str, given: Any, other: str, also_given: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any
@@ -16,6 +16,10 @@ from rich.text import Text
 from fuser.graph import Summary
 from fuser.pipeline import Outcome, PassRun, Rewrite
 from fuser.remarks import Remark
+
+
+NARROW = 64
+"""Columns of a terminal, below which tables keep to what matters most."""
 
 
 @dataclass
@@ -76,11 +80,13 @@ class Report:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2, default=str)
 
-    def render(self, *, verbose: bool = False) -> RenderableType:
-        """Tables for a terminal; `verbose` adds a line for each candidate."""
-        parts: list[RenderableType] = [self._passes_table(), self.change_table()]
+    def render(self, *, verbose: bool = False, width: int = 110) -> RenderableType:
+        """Tables for a terminal of so many columns; `verbose` adds a line for each candidate."""
+        parts: list[RenderableType] = [self._passes_table(width), self.change_table(width)]
         if verbose:
             parts += [Text(str(remark)) for remark in (*self.applied, *self.missed)]
+        elif width < NARROW:
+            parts += [Text(f"{count} {remark}") for count, remark in self._missed_kinds()]
         elif self.missed:
             parts.append(self._missed_table())
         parts += [Text(line) for line in self.conclusion()]
@@ -113,22 +119,20 @@ class Report:
             return "0 rewrites: nothing here is a candidate; an exporter or another tool may have folded it already."
         return f"0 rewrites: {len(self.missed)} candidates were looked at, and each has its reason above."
 
-    def _passes_table(self) -> Table:
-        table = Table("pass", "contract", title=self.model, title_justify="left", box=None, pad_edge=False)
-        for name in ("applied", "missed", "seconds"):
-            table.add_column(name, justify="right")
-        for run in self.passes:
-            if run.applied or run.missed:
-                table.add_row(run.name, run.contract, str(run.applied), str(run.missed), f"{run.seconds:.2f}")
+    def _passes_table(self, width: int) -> Table:
+        rows = [
+            (run.name, str(run.applied), str(run.missed), f"{run.seconds:.2f}", run.contract)
+            for run in self.passes
+            if run.applied or run.missed
+        ]
+        table = _table(("pass", "applied", "missed", "seconds", "contract")[: 3 if width < NARROW else 5], rows)
+        table.title, table.title_justify = self.model, "left"
         return table
 
-    def change_table(self) -> Table:
+    def change_table(self, width: int = 110) -> Table:
         """What the model is made of and what it costs, before and after."""
-        table = Table("", box=None, pad_edge=False)
-        for name in ("before", "after", "change"):
-            table.add_column(name, justify="right")
         totals = sum(self.before.ops.values()), sum(self.after.ops.values())
-        rows = [("nodes", *totals)]
+        rows: list[tuple[str, int | None, int | None]] = [("nodes", *totals)]
         for op in sorted({*self.before.ops, *self.after.ops}):
             counts = self.before.ops.get(op, 0), self.after.ops.get(op, 0)
             if counts[0] != counts[1]:
@@ -137,24 +141,40 @@ class Report:
             ("parameters", self.before.parameters, self.after.parameters),
             ("bytes of constants", self.before.bytes, self.after.bytes),
         ]
-        for name, before, after in rows:
-            table.add_row(name, f"{before:,}", f"{after:,}", f"{after - before:+,}" if after != before else "")
-        products = self.before.multiply_adds, self.after.multiply_adds
-        if products[0] is None or products[1] is None:
-            table.add_row("multiply-adds", *("not known" if n is None else f"{n:,}" for n in products), "")
-        else:
-            change = products[1] - products[0]
-            table.add_row("multiply-adds", *(f"{n:,}" for n in products), f"{change:+,}" if change else "")
-        return table
+        rows.append(("multiply-adds", self.before.multiply_adds, self.after.multiply_adds))
+        cells = [(name, _count(before), _count(after), _change(before, after)) for name, before, after in rows]
+        return _table(("", "before", "after", "change")[: 3 if width < NARROW else 4], cells)
 
-    def _missed_table(self) -> Table:
-        table = Table("missed", "pass", box=None, pad_edge=False)
-        for name in ("first of them", "why"):
-            table.add_column(name, overflow="fold")
+    def _missed_kinds(self) -> Iterator[tuple[int, Remark]]:
+        """How many there are of each kind, and the first of them."""
         counts = Counter((remark.pass_name, remark.code) for remark in self.missed)
         first = {(remark.pass_name, remark.code): remark for remark in reversed(self.missed)}
-        for key, count in counts.most_common():
-            remark = first[key]
+        yield from ((count, first[key]) for key, count in counts.most_common())
+
+    def _missed_table(self) -> Table:
+        table = Table(box=None, pad_edge=False)
+        for name in ("missed", "pass", "first of them", "why"):
+            table.add_column(name, overflow="fold")
+        for count, remark in self._missed_kinds():
             why = f"{remark.reason}; {remark.remedy}" if remark.remedy else remark.reason
             table.add_row(f"{count} {remark.code}", remark.pass_name, remark.site, why)
         return table
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """A name, which goes on below where it is long, and figures, which are never cut; cells beyond `head` are left."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(head[0], overflow="fold")
+    for name in head[1:]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row[: len(head)])
+    return table
+
+
+def _count(number: int | None) -> str:
+    return "not known" if number is None else f"{number:,}"
+
+
+def _change(before: int | None, after: int | None) -> str:
+    return "" if before is None or after is None or before == after else f"{after - before:+,}"

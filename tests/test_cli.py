@@ -238,6 +238,33 @@ def test_overridable_weights_are_told_in_one_line_and_freeze_inputs_folds_them(t
     assert [i.name for i in after.graph.input] == ["x"]
 
 
+def test_a_frozen_model_is_verified_with_the_option_that_the_message_names(tmp_path: Path) -> None:
+    constants = conv_constants()
+    proto = model([conv(), batch_norm()], constants=constants, also_inputs=list(constants), x=(1, 4, 8, 8))
+    before, after = tmp_path / "net.onnx", tmp_path / "net.fused.onnx"
+    onnx.save(proto, before)
+    fuser("optimize", before, "--freeze-inputs")
+    done = fuser("verify", before, after)
+    assert done.returncode == 1 and "incompatible: inputs 'w'" in done.stdout
+    assert done.stdout.count("are missing") == 1 and "--freeze-inputs, in Python removed_inputs" in done.stdout
+    assert fuser("verify", before, after, "--freeze-inputs").returncode == 0
+    assert fuser("bisect", before, after, "--freeze-inputs").stdout == "no difference was found\n"
+
+
+@pytest.mark.parametrize("columns", ["80", "40"])
+def test_tables_cut_neither_names_nor_figures(folder: Path, columns: str) -> None:
+    done = fuser("optimize", folder / "net.onnx", COLUMNS=columns)
+    assert done.returncode == 0 and "fold-batch-norm" in done.stdout and "…" not in done.stdout
+    proto = onnx.load(folder / "net.onnx")
+    proto.graph.output[0].name = proto.graph.node[-1].output[0] = "/features/block_12/activation/LeakyRelu_output_0"
+    onnx.save(proto, folder / "long.onnx")
+    done = fuser("verify", folder / "long.onnx", folder / "long.onnx", COLUMNS=columns)
+    assert done.returncode == 0 and "…" not in done.stdout
+    head = done.stdout.splitlines()[0].split()
+    figures = ["max", "abs", "original", "excess"] if columns == "40" else ["relative", "ulp", "SNR", "dB", "excess"]
+    assert head[-len(figures) :] == figures
+
+
 def test_passes_lists_what_is_registered() -> None:
     done = fuser("passes")
     assert done.returncode == 0

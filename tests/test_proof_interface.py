@@ -38,8 +38,13 @@ LOSSES: list[tuple[Callable[[ModelProto], object], str]] = [
     (lambda m: m.graph.output.pop(), "output 'z' is missing"),
     (reverse_outputs, "the outputs are in another order: 'z', 'y' instead of 'y', 'z'"),
     (lambda m: m.graph.input.pop(1), "input 'n' is missing"),
-    (lambda m: m.graph.input.pop(2), "input 'w' is missing"),
-    (lambda m: m.graph.initializer.pop(), "input 'w' had a default value and has none now"),
+    (
+        lambda m: m.graph.input.pop(2),
+        "input 'w' is missing, with a default value in the original: "
+        "--freeze-inputs, in Python removed_inputs, allows that",
+    ),
+    (lambda m: m.graph.initializer.pop(), "input 'w' is without a default value now, and had one"),
+    (lambda m: [m.graph.output.pop() for _ in range(2)], "outputs 'y', 'z' are missing"),
     (lambda m: m.graph.input.add(name="v"), "input 'v' is new"),
     (
         lambda m: x_of(m).tensor_type.__setattr__("elem_type", 10),

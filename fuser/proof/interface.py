@@ -21,8 +21,9 @@ def compare_onnx(before: onnx.ModelProto, after: onnx.ModelProto, removed_inputs
     removed_inputs: inputs that are allowed to be missing.
     """
     unasked = (_formal_inputs(before) | _formal_inputs(after)) - {value.name for value in public_inputs(before.graph)}
-    problems = list(_values("input", before.graph.input, after.graph.input, {*removed_inputs, *unasked}))
-    problems += _values("output", before.graph.output, after.graph.output, set())
+    optional = inputs_with_default(before.graph)
+    problems = list(_values("input", before.graph.input, after.graph.input, {*removed_inputs, *unasked}, optional))
+    problems += _values("output", before.graph.output, after.graph.output)
     problems += _defaults(before.graph, after.graph)
     problems += _model(before, after)
     return problems
@@ -34,26 +35,38 @@ def public_inputs(graph: onnx.GraphProto) -> list[onnx.ValueInfoProto]:
     return [value for value in graph.input if value.name not in known]
 
 
+def inputs_with_default(graph: onnx.GraphProto) -> set[str]:
+    """The names of the inputs that a caller may leave out."""
+    return {value.name for value in graph.input} - {value.name for value in public_inputs(graph)}
+
+
 def _formal_inputs(model: onnx.ModelProto) -> set[str]:
     """Initializers that are listed as inputs only because the format wants it: no caller can give them."""
     if model.ir_version >= _OVERRIDING_SINCE_IR:
         return set()
-    return {value.name for value in model.graph.input} - {value.name for value in public_inputs(model.graph)}
+    return inputs_with_default(model.graph)
 
 
 def _values(
     what: str,
     before: Sequence[onnx.ValueInfoProto],
     after: Sequence[onnx.ValueInfoProto],
-    removed: set[str],
+    removed: Collection[str] = (),
+    optional: Collection[str] = (),
 ) -> Iterator[str]:
     old = [value for value in before if value.name not in removed]
     kept = {value.name: value for value in after}
     names, now = [value.name for value in old], [value.name for value in after if value.name not in removed]
-    if missing := [name for name in names if name not in kept]:
-        yield f"{what} {_list(missing)} is missing"
+    missing = [name for name in names if name not in kept]
+    if needed := [name for name in missing if name not in optional]:
+        yield f"{_are(what, needed)} missing"
+    if dropped := [name for name in missing if name in optional]:
+        yield (
+            f"{_are(what, dropped)} missing, with a default value in the original: "
+            "--freeze-inputs, in Python removed_inputs, allows that"
+        )
     if added := [name for name in now if name not in set(names)]:
-        yield f"{what} {_list(added)} is new"
+        yield f"{_are(what, added)} new"
     if not missing and not added and names != now:
         yield f"the {what}s are in another order: {_list(now)} instead of {_list(names)}"
     for value in old:
@@ -97,10 +110,10 @@ def _type(before: onnx.TypeProto, after: onnx.TypeProto) -> Iterator[str]:
 
 def _defaults(before: onnx.GraphProto, after: onnx.GraphProto) -> Iterator[str]:
     """An input with a default that has become one without: callers who left it out now fail."""
-    optional = {value.name for value in before.input} - {value.name for value in public_inputs(before)}
+    optional = inputs_with_default(before)
     now_required = [value.name for value in public_inputs(after) if value.name in optional]
     if now_required:
-        yield f"input {_list(now_required)} had a default value and has none now"
+        yield f"{_are('input', now_required)} without a default value now, and had one"
 
 
 def _model(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
@@ -136,6 +149,10 @@ def _kind(kind: str | None) -> str:
 
 def _element(elem_type: int) -> str:
     return str(onnx.TensorProto.DataType.Name(elem_type)).lower()
+
+
+def _are(what: str, names: Sequence[str]) -> str:
+    return f"{what} {_list(names)} is" if len(names) == 1 else f"{what}s {_list(names)} are"
 
 
 def _list(names: Sequence[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -80,37 +80,53 @@ class Verification:
             f"(the original's own: {worst.original:.2g}) for {sets}"
         )
 
-    def render(self) -> RenderableType:
-        """A table of the figures and the lines that explain them, for a terminal."""
+    def render(self, width: int = 80) -> RenderableType:
+        """A table of the figures and the lines that explain them, for a terminal of so many columns."""
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("output", "type", box=None, pad_edge=False)
-        for column in ("max abs", "original", "relative", "ulp", "SNR dB", "cosine", "top-1", "of allowed"):
-            table.add_column(column, justify="right")
+        table = Table(box=None, pad_edge=False)
+        table.add_column("output", overflow="fold")
+        columns = _columns(self.outputs, width)
+        for column in columns:
+            table.add_column(column, justify="left" if column == "type" else "right", no_wrap=True)
         for output in self.outputs:
-            table.add_row(output.name, output.dtype, *_cells(output))
+            cells = _cells(output)
+            table.add_row(output.name, *(cells[column] for column in columns))
         lines = [str(self)]
         if self.truth_note:
             lines.append(
                 self.truth_note if self.truth == "bits" else f"judged against the noise floor: {self.truth_note}"
             )
-        lines += [f"interface: {problem}" for problem in self.interface]
+        lines += [f"interface: {problem}" for problem in self.interface if problem != self.reason]
         lines.append(f"the check took {self.cost}")
         return Group(*([table] if self.outputs else []), *(Text(line) for line in lines))
 
 
-def _cells(output: Figures) -> list[str]:
+_WIDE = 72
+"""Columns of a terminal, below which there is only room for what decides."""
+
+
+def _columns(outputs: list[Figures], width: int) -> list[str]:
+    """The figures to show: cosine, which says what the ratio to the noise does, is left to JSON."""
+    if width < _WIDE:
+        return ["max abs", "original", "excess"]
+    ranked = ["top-1"] if any(output.top1 is not None for output in outputs) else []
+    return ["type", "max abs", "original", "relative", "ulp", "SNR dB", *ranked, "excess"]
+
+
+def _cells(output: Figures) -> dict[str, str]:
+    """The figures by column."""
     if output.mismatches:
-        return [f"{output.mismatches} differ", *[""] * 7]
-    return [
-        f"{output.max_abs:.2g}",
-        f"{output.original:.2g}",
-        f"{output.relative:.2g}",
-        f"{output.ulp:.1f}",
-        "inf" if math.isinf(output.snr_db) else f"{output.snr_db:.0f}",
-        f"{output.cosine:.9f}",
-        "" if output.top1 is None else f"{output.top1:.3f}",
-        f"{output.excess:.3f}",
-    ]
+        return defaultdict(str, {"type": output.dtype, "max abs": f"{output.mismatches} differ"})
+    return {
+        "type": output.dtype,
+        "max abs": f"{output.max_abs:.2g}",
+        "original": f"{output.original:.2g}",
+        "relative": f"{output.relative:.2g}",
+        "ulp": f"{output.ulp:.2g}",
+        "SNR dB": f"{output.snr_db:.0f}",
+        "top-1": "" if output.top1 is None else f"{output.top1:.3f}",
+        "excess": f"{output.excess:.2g}",
+    }
