@@ -17,7 +17,6 @@ from fuser.graph import Summary
 from fuser.pipeline import Outcome, PassRun, Rewrite
 from fuser.remarks import Remark
 
-
 NARROW = 64
 """Columns of a terminal, below which tables keep to what matters most."""
 

@@ -491,6 +491,16 @@ def test_bisect_says_that_nothing_is_wrong(folder: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "no wrong rewrite was found\n")
 
 
+def test_bisect_finds_what_verify_finds(tmp_path: Path) -> None:
+    """A bound that only large inputs reach."""
+    for name, high in (("a.onnx", 6), ("b.onnx", 7)):
+        bounds = {"low": np.float32(0), "high": np.float32(high)}
+        onnx.save(model([node("Clip", ["x", "low", "high"])], constants=bounds, x=(2, 4)), tmp_path / name)
+    assert "different" in fuser("verify", "a.onnx", "b.onnx", cwd=tmp_path).stdout
+    done = fuser("bisect", "a.onnx", "b.onnx", cwd=tmp_path)
+    assert done.returncode == 1 and "first difference" in done.stdout and "for large" in done.stdout
+
+
 def test_a_model_of_an_old_opset_is_told(folder: Path) -> None:
     proto = onnx.load(folder / "net.onnx")
     proto.opset_import[0].version = 6

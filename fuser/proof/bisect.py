@@ -1,15 +1,17 @@
 """The first tensor in which two ONNX models differ.
 
-Both are evaluated in float64 with every tensor kept.  A tensor of the original *has a counterpart* when some tensor
-of the other model holds the same values, under whatever name: a fold moves values to other names.  From the outputs
-that differ, the search goes back through tensors without counterpart; where all inputs of a node have one, the
-difference begins.
+On the first input set for which `verify` tells the models apart, both are evaluated in float64 with every tensor
+kept.  A tensor of the original *has a counterpart* when some tensor of the other model holds the same values, under
+whatever name: a fold moves values to other names.  What is the same is what `compare` says of outputs, the noise being
+that of the original with constants moved by a rounding.  From the outputs that differ, the search goes back through
+tensors without counterpart; where all inputs of a node have one, the difference begins.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,18 +19,17 @@ from typing import Any
 import numpy as np
 import onnx
 
-from fuser.errors import InputError
-from fuser.isolate import IsolatedFailure, Worker
-from fuser.proof.rounding import is_float
-from fuser.proof.runners import Float64Runner, OnnxRunner
+from fuser.errors import InputError, VerificationError
+from fuser.files.tensors import FORMATS
+from fuser.isolate import IsolatedFailure
+from fuser.proof.check import verify
+from fuser.proof.compare import Array, Judge, Judgement
+from fuser.proof.inputs import InputSet
+from fuser.proof.rounding import is_float, roundoff
+from fuser.proof.runners import Float64Runner, OnnxRunner, Workers
 from fuser.proof.sides import OnnxSide, open_sides
-
-Array = np.ndarray[Any, Any]
-
-SAME = 1e-5
-"""Two tensors hold the same values when they differ by less, relative to the larger scale: a rounding of float32
-constants is far below, an error that matters far above.  For 16-bit models it is 2e-2."""
-SAME_16_BIT = 2e-2
+from fuser.proof.trial import FIRST_NUDGES
+from fuser.proof.verification import Verification
 
 
 @dataclass
@@ -37,21 +38,23 @@ class Difference:
 
     tensor, node: the first tensor without a counterpart, and the node of the original that makes it.
     last_good: the tensors it is made of, which still agree.
-    error: the largest difference from the tensor of the same name, relative to scale; None without such a tensor.
+    problem: how it differs from the tensor of the same name; empty without such a tensor.
     position: of the node in the original's order, from 1; of `total`.
+    inputs: the input set for which it does, in words.
     """
 
     tensor: str
     node: str
     op_type: str
     last_good: list[str]
-    error: float | None
+    problem: str
     position: int
     total: int
+    inputs: str
 
     def __str__(self) -> str:
-        error = "" if self.error is None else f", off by {self.error:.2g} of its scale"
-        return f"{self.tensor!r} ({self.op_type} {self.node!r}, node {self.position} of {self.total}){error}"
+        where = f"{self.tensor!r} ({self.op_type} {self.node!r}, node {self.position} of {self.total})"
+        return f"{where}{': ' if self.problem else ''}{self.problem}, for {self.inputs}"
 
 
 def first_difference(
@@ -62,76 +65,100 @@ def first_difference(
     input_shapes: Mapping[str, Sequence[int]] | None = None,
     seed: int = 0,
     timeout: float = 300.0,
-    removed_inputs: Sequence[str] = (),
+    removed_inputs: Collection[str] = (),
 ) -> Difference | None:
-    """Where `after` first differs from `before`; None when all outputs agree.
+    """Where `after` first differs from `before`; None when `verify` tells no output apart.
 
-    before, after: paths or ModelProtos.  The other arguments are those of `verify`.
-    Raises `InputError` when a model cannot be evaluated in float64.
+    before, after: paths or ModelProtos.  The arguments are those of `verify`.
+
+    Raises:
+        InputError: the models cannot be compared, or not be evaluated in float64.
+        VerificationError: they differ, but no tensor does in float64.
     """
+    options: dict[str, Any] = {"input_shapes": input_shapes, "timeout": timeout, "removed_inputs": removed_inputs}
     with ExitStack() as stack:
-        worker = stack.enter_context(Worker())
+        workers = stack.enter_context(Workers())
         first, second = open_sides(
-            stack,
-            worker,
-            before,
-            after,
-            example_inputs=None,
-            example_kwargs=None,
-            input_shapes=input_shapes,
-            timeout=timeout,
-            removed_inputs=removed_inputs,
+            stack, workers.first, before, after, example_inputs=None, example_kwargs=None, **options
         )
         if not isinstance(first, OnnxSide) or not isinstance(second, OnnxSide):
             raise InputError("the first tensor that differs is searched in ONNX models; export the torch model first")
         if mismatch := first.cannot_pair(second):
             raise InputError(f"the two models cannot be compared: {mismatch}")
-        if inputs is not None:
-            values = first.given(inputs)[0].values
-        else:
-            values = first.more(first.probe(seed).sizes, seed, 1)[0].values
+        verdict = verify(first.path, second.path, inputs=inputs, seed=seed, workers=workers, **options)
+        if verdict.verdict == "unverifiable":
+            raise InputError(f"the two models cannot be compared: {verdict.reason}")
+        if verdict.verdict != "different":
+            return None
         try:
-            originals = _tensors(first, values)
-            others = _tensors(second, values)
+            for one in _sets(first, inputs, seed, verdict):
+                if found := _search(first, second, one):
+                    return found
         except IsolatedFailure as error:
             raise InputError(f"the models cannot be evaluated in float64: {error}") from error
-    return _search(first.model.proto.graph, first.output_names, second.output_names, originals, others)
+    raise VerificationError(f"the models differ, but no tensor of theirs does in float64: {verdict.reason}")
 
 
-def _tensors(side: OnnxSide, values: Sequence[Any]) -> dict[str, Array]:
+def _sets(side: OnnxSide, inputs: Any, seed: int, verdict: Verification) -> list[InputSet]:
+    """The sets that `verify` has compared."""
+    if inputs is not None:
+        return side.given(inputs)
+    sets = side.more(side.probe(seed).sizes, seed, len(verdict.sets) + verdict.discarded)
+    return [one for one in sets if one.label in verdict.sets]
+
+
+class _Tensors:
+    """All tensors of the original, and what is as good as them.
+
+    values: by name.
+    """
+
+    def __init__(self, side: OnnxSide, one: InputSet) -> None:
+        self.values = _evaluate(side, one)
+        self._nudged = [_evaluate(side, one, seed) for seed in FIRST_NUDGES]
+        graph = side.model.proto.graph
+        self._stored = _roundoff(tensor.data_type for tensor in graph.initializer)
+        self._outputs = {value.name: _roundoff([value.type.tensor_type.elem_type]) for value in graph.output}
+
+    def judge(self, name: str, other: Array) -> Judgement:
+        """How `other` differs from the tensor."""
+        value = self.values[name]
+        if is_float(value.dtype) != is_float(other.dtype):
+            return Judgement(math.inf, f"its type is {other.dtype} instead of {value.dtype}")
+        right = [nudged[name] for nudged in self._nudged if name in nudged]
+        return Judge(value, right, self._outputs.get(name, self._stored)).judge(other)
+
+
+def _evaluate(side: OnnxSide, one: InputSet, nudge: int | None = None) -> dict[str, Array]:
     runner = side.runner.inner if isinstance(side.runner, Float64Runner) else side.runner
     assert isinstance(runner, OnnxRunner)
     names = [name for node in side.model.proto.graph.node for name in node.output if name]
-    found = runner.tensors(values, [*names, *side.input_names])
+    found = runner.tensors(one.values, [*names, *side.input_names, *side.output_names], nudge)
     return {name: value for name, value in found.items() if isinstance(value, np.ndarray)}
 
 
-def _search(
-    graph: onnx.GraphProto,
-    names: Sequence[str],
-    other_names: Sequence[str],
-    originals: Mapping[str, Array],
-    others: Mapping[str, Array],
-) -> Difference | None:
+def _search(first: OnnxSide, second: OnnxSide, one: InputSet) -> Difference | None:
+    graph = first.model.proto.graph
+    tensors, others = _Tensors(first, one), _evaluate(second, one)
+    originals = tensors.values
     by_shape: dict[tuple[int, ...], list[Array]] = defaultdict(list)
     for value in others.values():
         by_shape[value.shape].append(value)
-    bound = SAME_16_BIT if _is_16_bit(graph) else SAME
-    outputs = dict(zip(names, names if set(names) == set(other_names) else other_names, strict=True))
+    makers = {name: (index, node) for index, node in enumerate(graph.node) for name in node.output if name}
+    outputs = zip(first.output_names, first.paired(second, second.output_names), strict=True)
     bad = [
         name
-        for name, other in outputs.items()
-        if name in originals and (other not in others or _apart(originals[name], others[other]) > bound)
+        for name, other in outputs
+        if name in originals and name in makers and (other not in others or not tensors.judge(name, others[other]).fine)
     ]
     if not bad:
         return None
-    makers = {name: (index, node) for index, node in enumerate(graph.node) for name in node.output if name}
+    live = _live(graph)
 
     def has_counterpart(name: str) -> bool:
-        value = originals.get(name)
-        if value is None:
-            return True  # a constant
-        return any(_apart(value, other) <= bound for other in by_shape[value.shape])
+        if name not in live or name not in originals:
+            return True  # a constant, which may be folded into others; or a sequence
+        return any(tensors.judge(name, other).fine for other in by_shape[originals[name].shape])
 
     seen: dict[str, list[str]] = {}
     waiting = list(bad)
@@ -152,9 +179,10 @@ def _search(
         node.name or node.output[0],
         node.op_type,
         seen[tensor],
-        _apart(originals[tensor], same_name) if same_name is not None else None,
+        tensors.judge(tensor, same_name).problem if same_name is not None else "",
         index + 1,
         len(graph.node),
+        one.label,
     )
 
 
@@ -162,22 +190,16 @@ def _sources(node: onnx.NodeProto, makers: Mapping[str, Any], originals: Mapping
     return sum(source in makers or source in originals for source in node.input)
 
 
-def _apart(value: Array, other: Array) -> float:
-    """The largest difference relative to the larger scale; infinite for other shapes, 0 or infinite for integers."""
-    if value.shape != other.shape:
-        return float("inf")
-    if not is_float(value.dtype) or not is_float(other.dtype):
-        return 0.0 if np.array_equal(value, other) else float("inf")
-    if not value.size:
-        return 0.0
-    finite = np.isfinite(value) & np.isfinite(other)
-    if not np.array_equal(np.isfinite(value), np.isfinite(other)):
-        return float("inf")
-    scale = max(float(np.abs(value[finite]).max(initial=0.0)), float(np.abs(other[finite]).max(initial=0.0)))
-    error = float(np.abs(value[finite] - other[finite]).max(initial=0.0))
-    return error / scale if scale else 0.0
+def _live(graph: onnx.GraphProto) -> set[str]:
+    """What depends on the inputs."""
+    live = {value.name for value in graph.input}
+    for node in graph.node:
+        if live.intersection(node.input) or any(attribute.HasField("g") for attribute in node.attribute):
+            live.update(node.output)
+    return live
 
 
-def _is_16_bit(graph: onnx.GraphProto) -> bool:
-    kinds = {tensor.data_type for tensor in graph.initializer}
-    return bool(kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16})
+def _roundoff(kinds: Iterable[int]) -> float:
+    """Of the narrowest floating point type among these element types."""
+    dtypes = (FORMATS[kind].dtype for kind in kinds if kind in FORMATS)
+    return max((roundoff(dtype) for dtype in dtypes if is_float(dtype)), default=roundoff(np.dtype(np.float32)))

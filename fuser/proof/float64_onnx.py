@@ -64,12 +64,18 @@ def evaluate_stored(path: str, sets: Sequence[Mapping[str, Any]]) -> list[Outcom
     return _evaluate(model, sets, None, StoredEvaluator)
 
 
-def intermediates(path: str, feeds: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """The float64 values of the named tensors of the main graph, those that exist."""
+def intermediates(
+    path: str, feeds: Mapping[str, Any], names: Sequence[str], nudge: int | None = None
+) -> dict[str, Any]:
+    """The float64 values of the named tensors of the main graph, those that exist.
+
+    nudge: as for `evaluate`.
+    """
     model = files.load(path)
     _read_inner_tensors(model)
-    evaluator = _evaluator(model, None, Float64Evaluator)
-    return evaluator.run_some(names, evaluator.fed(feeds))
+    evaluator = _evaluator(model, None if nudge is None else Nudge(nudge), Float64Evaluator)
+    with np.errstate(all="ignore"):
+        return evaluator.run_some(names, evaluator.fed(feeds))
 
 
 def _evaluate(

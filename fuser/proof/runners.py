@@ -107,10 +107,11 @@ class OnnxRunner:
         outcome: Outcome = answer
         return outcome
 
-    def tensors(self, feeds: Feeds, names: Sequence[str]) -> dict[str, Any]:
+    def tensors(self, feeds: Feeds, names: Sequence[str], nudge: int | None = None) -> dict[str, Any]:
         """The float64 values of inner tensors; raises `IsolatedFailure`."""
+        function = "fuser.proof.float64_onnx:intermediates"
         answer: dict[str, Any] = self.worker.call(
-            "fuser.proof.float64_onnx:intermediates", self.path, self._feeds(feeds), list(names), timeout=self._timeout
+            function, self.path, self._feeds(feeds), list(names), nudge, timeout=self._timeout
         )
         return answer
 
