@@ -61,7 +61,9 @@ def _parts(benchmark: Benchmark) -> Iterator[RenderableType]:
 
 def _models(benchmark: Benchmark) -> Table:
     names = [escape(f"{_label(benchmark, role)}: {name}") for role, name in benchmark.names.items()]
-    table = Table("", *names, title="Models")
+    table = Table(title="Models", box=None, pad_edge=False)
+    for name in ("", *names):
+        table.add_column(name, overflow="fold")
     costs = benchmark.costs.values()
     if any(c.file_bytes is not None for c in costs):
         table.add_row("file", *(byte_count(c.file_bytes) for c in costs))
@@ -78,30 +80,31 @@ def _models(benchmark: Benchmark) -> Table:
 
 
 def _latency(benchmark: Benchmark) -> Table:
-    table = Table(title="Latency")
+    table = Table(title="Latency", box=None, pad_edge=False)
     roles = list(benchmark.names)
     table.add_column("arm", no_wrap=True)
     for role in roles:
-        table.add_column(f"{_label(benchmark, role)}\nmedian (IQR)", justify="right", no_wrap=True)
+        table.add_column(f"{_label(benchmark, role)}\nmedian\n(IQR)", justify="right", no_wrap=True)
     if AFTER in roles:
         table.add_column(f"after / before\n{statistics.LEVEL:.0%} interval", justify="right", no_wrap=True)
         table.add_column("A/A control\nbefore / before", justify="right", no_wrap=True)
         table.add_column("verdict")
     for result in benchmark.measured:
         summaries = [result.summaries[role] for role in roles]
-        cells: list[RenderableType] = [f"{seconds(s.median)} ({seconds(s.iqr)})" for s in summaries]
+        cells: list[RenderableType] = [f"{seconds(s.median)}\n({seconds(s.iqr)})" for s in summaries]
         if comparison := result.comparison:
             word = comparison.verdict.word
-            cells += [interval(comparison.change), interval(comparison.same), Text(word, style=_STYLES[word])]
+            ratios = [interval(x).replace(" ", "\n", 1) for x in (comparison.change, comparison.same)]
+            cells += [*ratios, Text(word, style=_STYLES[word])]
         table.add_row(result.arm.name, *cells)
     return table
 
 
 def _details(benchmark: Benchmark) -> Table:
-    columns = ("arm", "model", "n", "min", "p5", "p95", "p99", "load", "first run", "peak memory")
-    table = Table(title="Details")
+    columns = ("arm", "model", "n", "p5", "p95", "p99", "load", "first run", "peak memory")
+    table = Table(title="Details", box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < 2 else "right")
+        table.add_column(column.replace(" ", "\n"), justify="left" if i < 2 else "right", no_wrap=True)
     for result in benchmark.measured:
         for i, role in enumerate(benchmark.names):
             s = result.summaries[role]
@@ -109,7 +112,7 @@ def _details(benchmark: Benchmark) -> Table:
                 result.arm.name if i == 0 else "",
                 _label(benchmark, role),
                 str(s.n),
-                *(seconds(x) for x in (s.min, s.p5, s.p95, s.p99)),
+                *(seconds(x) for x in (s.p5, s.p95, s.p99)),
                 seconds(result.load_seconds(role)),
                 seconds(result.first_seconds(role)),
                 byte_count(result.peak_bytes(role)),
@@ -118,8 +121,8 @@ def _details(benchmark: Benchmark) -> Table:
 
 
 def _profile(result: ArmResult) -> Table:
-    table = Table(title=f"Where the time goes: {result.arm.name}")
-    table.add_column("operator", max_width=50, no_wrap=True)
+    table = Table(title=f"Where the time goes: {result.arm.name}", box=None, pad_edge=False)
+    table.add_column("operator", overflow="fold")
     times: dict[str, dict[str, OpTime]] = {}
     for role, ops in result.profile.items():
         table.add_column(role if len(result.profile) > 1 else "model", justify="right")
