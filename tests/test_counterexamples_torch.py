@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 import fuser
 
@@ -228,3 +228,115 @@ def test_two_random_pools_are_two() -> None:
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, 2, 9, 9)))
     torch.manual_seed(0)
     assert float(fuser.optimize(Pools().eval()).model(x).abs().max()) > 0
+
+
+# -- user code in torch's own modules
+
+
+def test_a_replaced_method_is_user_code() -> None:
+    """As libraries patch weight standardization into a convolution."""
+    module = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval()
+    module[0]._conv_forward = lambda x, w, b: F.conv2d(x, w / w.std((1, 2, 3), keepdim=True), b)
+    result = fuser.optimize(module)
+    assert [remark.code for remark in result.report.missed] == ["hooks"]
+    x = torch.randn(2, 4, 6, 6)
+    torch.testing.assert_close(result.model(x), module(x), rtol=0, atol=0)
+
+
+def test_a_global_hook_is_a_hook_of_every_module() -> None:
+    module, x = nn.Sequential(nn.Sequential(nn.Conv2d(4, 4, 3)), nn.BatchNorm2d(4)).eval(), torch.randn(2, 4, 6, 6)
+    seen: list[Any] = []
+
+    def doubled(called: nn.Module, args: Any, output: Any) -> Any:
+        seen.append(output)
+        return output * 2 if isinstance(called, nn.Conv2d) else None
+
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        result = fuser.optimize(module, verify=False)
+        assert not result.report.applied and not seen
+        torch.testing.assert_close(result.model(x), module(x), rtol=0, atol=0)
+    finally:
+        handle.remove()
+
+
+class Hooked(nn.Module):
+    """An activation with a hook, between two calls of a convolution and before a buffer is read."""
+
+    def __init__(self, hook: Any, before: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.relu = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()
+        self.register_buffer("k", torch.ones(4, 1, 1))
+        if before:
+            self.relu.register_forward_pre_hook(lambda _, args: hook(self, args[0]))
+        else:
+            self.relu.register_forward_hook(lambda _, args, output: hook(self, args[0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x) + self.relu(x) - self.conv(x)
+        return self.norm(self.conv(y)) * self.k + y
+
+
+HOOKS = {
+    "writes-into-what-is-given": lambda module, x: (x.mul_(2), None)[1],
+    "counts-in-a-buffer": lambda module, x: (module.k.add_(1), None)[1],
+    "returns-what-is-given": lambda module, x: x,
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+@pytest.mark.parametrize("before", [False, True])
+def test_a_hook_may_do_anything(kind: str, before: bool) -> None:
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(Hooked(HOOKS[kind], before).double().eval())
+    found = fuser.optimize(made[0], verify=False).model
+    for _ in range(3):
+        x = torch.randn(2, 4, 5, 5).double()
+        torch.testing.assert_close(found(x.clone()), made[1](x.clone()), rtol=1e-12, atol=1e-12)
+
+
+def test_the_statistics_of_other_modules_are_trusted_beside_a_hook() -> None:
+    module = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).eval()
+    module[2].register_forward_hook(lambda *_: None)
+    assert len(fuser.optimize(module, verify=False).report.applied) == 1
+
+
+class Counter(nn.Module):
+    def __init__(self, buffer: Tensor, held: str) -> None:
+        super().__init__()
+        self.kept: dict[str, list[Tensor]] = {}
+        if held == "buffer":
+            self.register_buffer("k", buffer)
+        else:
+            self.kept["k"] = [buffer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        (self.kept["k"][0] if self.kept else self.k).add_(1)
+        return x * 1
+
+
+class AroundACounter(nn.Module):
+    def __init__(self, held: str) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.register_buffer("k", torch.ones(4, 1, 1))
+        self.count = Counter(self.k, held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(self.count(x)) * self.k)
+        return y
+
+
+@pytest.mark.parametrize("held", ["buffer", "attribute"])
+def test_what_a_leaf_of_the_users_may_write_is_no_constant(held: str) -> None:
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return isinstance(m, Counter) or super().is_leaf_module(m, module_qualified_name)
+
+    module = AroundACounter(held).eval()
+    traced = fx.GraphModule(module, Tracer().trace(module)).eval()
+    assert not fuser.explain(traced).applied
+    traced.count = nn.Identity()
+    assert {"fold-affine", "fold-batch-norm"} <= {remark.pass_name for remark in fuser.explain(traced).applied}

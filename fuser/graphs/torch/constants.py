@@ -7,14 +7,23 @@ are those of run time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.node import map_arg
 
-from fuser.graphs.torch.purity import is_deterministic, is_fresh, updated_buffers, written_operands
+from fuser.graphs.torch.purity import (
+    has_hooks,
+    is_deterministic,
+    is_fresh,
+    is_guard,
+    is_known_module,
+    is_watched,
+    updated_buffers,
+    written_operands,
+)
 from fuser.graphs.torch.values import is_readable
 
 MAX_ELEMENTS = 2**28
@@ -48,7 +57,7 @@ class Constants:
         written = [operand for operand in written if self._known[operand]]
         leaves = {leaf for operand in written for leaf in self.leaves(operand)}
         self._written = {memory(self._tensor(leaf)) for leaf in leaves}
-        self._written.update(memory(buffer) for node in nodes for buffer in updated_buffers(module(node)))
+        self._written.update(self._updated(nodes, module))
         self._dirty = self._sharing(written)
         if self._written or self._dirty:
             for node in nodes:
@@ -64,6 +73,22 @@ class Constants:
     def is_written(self, tensor: torch.Tensor) -> bool:
         """Whether the graph writes into the tensor, so that it changes from run to run."""
         return memory(tensor) in self._written
+
+    def _updated(self, nodes: Sequence[fx.Node], module: Callable[[fx.Node], torch.nn.Module | None]) -> set[int]:
+        """The memory that called modules write by themselves.
+
+        A hook may be a method of the whole model: every buffer that the graph reads is taken to be written, but for
+        those of torch's own modules, which have a hook of their own if they are.
+        """
+        called = [part for node in nodes if (part := module(node)) is not None and not is_guard(part)]
+        updated = {memory(buffer) for part in called for buffer in updated_buffers(part)}
+        hooked = is_watched(nodes[-1].graph.owning_module)  # the outermost graph is the last
+        if hooked or any(has_hooks(part) for top in called for part in top.modules()):
+            torchs_own = {memory(buffer) for part in called if is_known_module(part) for buffer in part.buffers()}
+            read = (self._origin(node) for node in nodes if node.op == "get_attr")
+            buffers = (x for x in read if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter))
+            updated |= set(map(memory, buffers)) - torchs_own
+        return updated
 
     def _sharing(self, written: Iterable[fx.Node]) -> set[fx.Node]:
         """Known expressions that may be, or show, memory that is written: what was made on the way, and its views."""

@@ -18,9 +18,9 @@ from fuser.graphs.torch.purity import (
     can_be_dropped,
     is_deterministic,
     is_fresh,
-    is_from_torch,
     is_guard,
     is_known_function,
+    is_known_module,
     written_operands,
 )
 
@@ -87,7 +87,7 @@ def _may_change_state(node: fx.Node, called: Called) -> bool:
     """Whether it is anybody's code, which may switch autocast on, draw random numbers, or count its calls."""
     if node.op == "call_module":
         module = called(node)
-        return module is None or not (is_from_torch(module) or is_guard(module))
+        return module is None or not (is_known_module(module) or is_guard(module))
     if node.op != "call_function" or isinstance(node.target, (OpOverload, HigherOrderOperator)):
         return False
     return not is_known_function(node.target)

@@ -43,7 +43,7 @@ def _written(node: fx.Node, module: nn.Module | None) -> Iterator[Any]:
     if node.op == "call_module":
         if is_guard(module):
             return
-        if module is None or not is_from_torch(module):
+        if module is None or not is_known_module(module):
             yield from node.all_input_nodes  # anybody's code
         elif getattr(module, "inplace", False):
             yield from node.args[:1]
@@ -106,9 +106,11 @@ def _asks_for_in_place(node: fx.Node) -> bool:
     return position < len(node.args) and bool(node.args[position])
 
 
-def is_from_torch(module: nn.Module) -> bool:
-    """Whether the module's class is torch's own, so that its code is known."""
-    return type(module).__module__.startswith("torch.nn.modules.")
+def is_known_module(module: nn.Module) -> bool:
+    """Whether a call runs torch's own code and nothing else: no class of the user's in it, and no hook."""
+    return all(
+        type(part).__module__.startswith("torch.nn.modules.") and not has_hooks(part) for part in module.modules()
+    )
 
 
 def is_guard(module: nn.Module | None) -> bool:
@@ -159,15 +161,31 @@ def _is_deterministic_name(name: str) -> bool:
     return all(torch.Tag.nondeterministic_seeded not in overload.tags for overload in overloads)
 
 
-def updated_buffers(module: nn.Module | None) -> list[torch.Tensor]:
-    """The buffers that a call of the module may write by itself: in training mode normalizations keep statistics."""
-    return [] if module is None or not module.training else list(module.buffers())
+def updated_buffers(module: nn.Module) -> list[torch.Tensor]:
+    """What a call of the module may write by itself: in training mode normalizations keep statistics, and anybody's
+    code may write whatever it holds, parameters left out."""
+    if is_known_module(module):
+        return list(module.buffers()) if module.training else []
+    return list(_held(module, set()))
+
+
+def _held(found: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """The tensors but parameters in the attributes of a module, and of all in them."""
+    if id(found) in seen or isinstance(found, nn.Parameter):
+        return
+    seen.add(id(found))
+    if isinstance(found, torch.Tensor):
+        yield found
+    elif isinstance(found, (nn.Module, dict, list, tuple)):
+        inside = vars(found) if isinstance(found, nn.Module) else found
+        for item in inside.values() if isinstance(inside, dict) else inside:
+            yield from _held(item, seen)
 
 
 def can_be_dropped(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether nobody misses the node when nobody reads its output."""
     if node.op == "call_module":
-        return module is not None and is_from_torch(module) and all(map(_is_quiet, module.modules()))
+        return module is not None and is_known_module(module) and all(map(_is_quiet, module.modules()))
     if isinstance(node.target, OpOverload) and node.target.namespace == "quantized_decomposed":
         return True
     return is_deterministic(node)
@@ -175,7 +193,7 @@ def can_be_dropped(node: fx.Node, module: nn.Module | None) -> bool:
 
 def _is_quiet(module: nn.Module) -> bool:
     """Whether a call leaves no trace: in training mode modules draw random numbers and keep statistics."""
-    return not module.training and not getattr(module, "inplace", False) and not has_hooks(module)
+    return not module.training and not getattr(module, "inplace", False)
 
 
 _FRESH_MODULES = frozenset(
@@ -191,6 +209,8 @@ _FRESH_OPERATORS = re.compile(
 def is_fresh(node: fx.Node, module: nn.Module | None) -> bool:
     """Whether the output surely is memory of its own: no view of an operand, no operand itself."""
     if node.op == "call_module":
+        if module is None or not is_known_module(module):
+            return False
         owner = type(module).__module__.removeprefix("torch.nn.modules.")
         return owner in _FRESH_MODULES and not getattr(module, "inplace", False) and not isinstance(module, nn.Identity)
     if node.target is operator.getitem and isinstance(node.args[0], fx.Node):
@@ -272,11 +292,19 @@ def may_be_written(value: fx.Node, called: Called) -> bool:
     return False
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether user code sees the calls of this very module, or makes its parameters."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    """Whether user code sees the calls of this very module, takes the place of a method, or makes its parameters."""
     return (
-        any(getattr(module, name, None) for name in hooks)
-        or "forward" in module.__dict__
+        any(getattr(module, name, None) or getattr(nn.modules.module, f"_global{name}", None) for name in _HOOKS)
+        or any(callable(getattr(type(module), name, None)) for name in module.__dict__)
         or nn.utils.parametrize.is_parametrized(module)
     )
+
+
+def is_watched(root: nn.Module | None) -> bool:
+    """Whether user code sees the calls of the whole graph; torch.export has hooks of its own there."""
+    hooks = (hook for name in _HOOKS for hook in (getattr(root, name, None) or {}).values())
+    return any(not str(getattr(hook, "__module__", "")).startswith("torch.export.") for hook in hooks)

@@ -41,7 +41,7 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        is_watched = any(m.__dict__.get(name) for name in _HOOKS)
+        is_watched = any(m.__dict__.get(name) or getattr(nn.modules.module, f"_global{name}", None) for name in _HOOKS)
         return is_watched or isinstance(m, self._opaque) or super().is_leaf_module(m, module_qualified_name)
 
 
