@@ -23,13 +23,13 @@ class Op:
 
     node: the graph's own handle, for its editing verbs; passes do not look inside.
     output: the value produced.
-    hooked: user code watches or reparametrizes this very call (forward hooks, parametrizations), so it may
-        not be changed.
+    hooked: user code watches or reparametrizes this very call (forward hooks, parametrizations), or whatever else
+        the `Missed` says, so it may not be changed.
     """
 
     node: Any = field(repr=False)
     output: Value
-    hooked: bool = field(default=False, kw_only=True, repr=False)
+    hooked: bool | Missed = field(default=False, kw_only=True, repr=False)
 
 
 @dataclass(frozen=True, eq=False)

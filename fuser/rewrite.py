@@ -88,7 +88,8 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
 
     def _visit(self, graph: Graph, op: Op, site: str, admit: Admit) -> Remark:
         edits = graph.edits
-        found: MatchT | Missed = HOOKED if op.hooked else self.match(graph, op)  # type: ignore[arg-type]
+        why = HOOKED if op.hooked is True else op.hooked
+        found: MatchT | Missed = why or self.match(graph, op)  # type: ignore[arg-type]
         if graph.edits != edits:
             raise PassError(
                 f"{self.name} edited the graph while matching {site}: match looks, rewrite edits", self.name

@@ -62,7 +62,7 @@ class Branch:
     source: Value
     name: str
     steps: tuple[Step, ...] = ()
-    hooked: bool = False
+    hooked: bool | Missed = False
 
     @property
     def operator(self) -> Conv | Linear | None:

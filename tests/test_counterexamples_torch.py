@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.experimental import control_flow
 from torch import Tensor, fx, nn
+from torch._higher_order_ops.scan import scan
+from torch._higher_order_ops.while_loop import while_loop
 
 import fuser
 
@@ -340,3 +343,180 @@ def test_what_a_leaf_of_the_users_may_write_is_no_constant(held: str) -> None:
     assert not fuser.explain(traced).applied
     traced.count = nn.Identity()
     assert {"fold-affine", "fold-batch-norm"} <= {remark.pass_name for remark in fuser.explain(traced).applied}
+
+
+# -- the bodies of higher-order operators
+
+
+class Block(nn.Module):
+    """Some of it in a block that torch.export keeps apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.norm.running_mean.normal_()
+        self.register_buffer("k", torch.ones(4, 1, 1))
+
+
+class WritesAConstant(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        factor = self.k * 2
+        with torch.no_grad():
+            factor.mul_(0.5)
+        y: Tensor = self.conv(x) * factor
+        return y
+
+
+class WritesBetween(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.conv(x), self.conv(x)
+        with torch.no_grad():
+            y.mul_(0.9)
+        w: Tensor = y + z.relu()
+        return w
+
+
+class WritesWhatHasACopy(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z = y.clone()
+        with torch.autocast("cpu", enabled=False):
+            y.clamp_(0)
+        w: Tensor = y.relu() + z
+        return w
+
+
+class WritesAViewOfAWeight(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        flat = self.conv.weight.view(4, -1)
+        with torch.no_grad():
+            flat.div_(flat.norm(dim=1, keepdim=True) * 0.7)
+        y: Tensor = self.norm(self.conv(x))
+        return y
+
+
+class WritesInAnInnerBlock(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.conv(x), self.conv(x)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            y[0].mul_(0.9)
+        w: Tensor = self.norm(y) + z
+        return w
+
+
+class ReturnsItsOperand(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y, z = self.conv(x), self.conv(x)
+        with torch.autocast("cpu", enabled=False):
+            v = y.view(-1)
+        v.mul_(0.9)
+        w: Tensor = y + z
+        return w
+
+
+@pytest.mark.parametrize("how", ["captured", "exported"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        WritesAConstant,
+        WritesBetween,
+        WritesWhatHasACopy,
+        WritesAViewOfAWeight,
+        WritesInAnInnerBlock,
+        ReturnsItsOperand,
+    ],
+)
+def test_what_a_body_writes_is_written(kind: type[Block], how: str) -> None:
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        made.append(kind().double().eval())
+    found = optimized(made[0], torch.ones(2, 4, 5, 5).double(), how)
+    for _ in range(3):
+        x = torch.randn(2, 4, 5, 5).double()
+        torch.testing.assert_close(found(x), made[1](x), rtol=1e-12, atol=1e-12)
+
+
+def normalized(module: Block, x: Tensor) -> Tensor:
+    y: Tensor = module.norm(module.conv(x))
+    return y
+
+
+class NoGrad(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = normalized(self, x[0])
+        return y.relu()
+
+
+class NoAutocast(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            y = normalized(self, x[0])
+        return y.relu()
+
+
+class Choice(Block):
+    def forward(self, x: Tensor) -> Any:
+        with torch.no_grad():
+            return torch.cond(x.sum() > 0, lambda v: normalized(self, v), lambda v: v * 2, (x[0],))
+
+
+class Mapped(Block):
+    def forward(self, x: Tensor) -> Any:
+        return control_flow.map(lambda v: normalized(self, v), x)
+
+
+class Scanned(Block):
+    def forward(self, x: Tensor) -> Any:
+        return scan(lambda c, v: (normalized(self, v) + c, c * 2), torch.zeros(2, 4, 4, 4), x)
+
+
+class Looped(Block):
+    def forward(self, x: Tensor) -> Any:
+        start = torch.tensor(0), x[0]
+        return while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, normalized(self, y)), start)
+
+
+@pytest.mark.parametrize("form", ["exported", "decomposed", "attributes"])
+@pytest.mark.parametrize("kind", [NoGrad, NoAutocast, Choice, Mapped, Scanned, Looped])
+def test_a_batch_norm_in_a_body_is_folded(kind: type[Block], form: str) -> None:
+    module, x = kind().eval(), torch.randn(3, 2, 4, 4, 4)
+    program: Any = torch.export.export(module, (x,))
+    if form == "decomposed":
+        program = program.run_decompositions()
+    if form == "attributes":
+        program = program.module()
+    result = fuser.optimize(program, **({"example_inputs": (x,)} if form == "attributes" else {}))
+    (remark,) = (remark for remark in result.report.applied if remark.pass_name == "fold-batch-norm")
+    assert "shared" not in remark.reason  # the call that passes it in does not read the weight
+    assert result.report.verification.passed and not result.report.warnings
+    run = result.model if form == "attributes" else result.model.module()
+    torch.testing.assert_close(run(x), module(x), rtol=1e-4, atol=1e-5)
+    assert not any("norm" in name for name, _ in run.named_parameters())
+    if form != "attributes":
+        result.model.validate()
+        torch.testing.assert_close(result.model.run_decompositions().module()(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+class UnderAutocast(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return normalized(self, x)
+
+
+class WritesItsOperand(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        with torch.no_grad():
+            y.relu_()
+            return normalized(self, y)
+
+
+@pytest.mark.parametrize(("kind", "why"), [(UnderAutocast, "autocast"), (WritesItsOperand, "writes")])
+def test_why_nothing_is_changed_in_a_body(kind: type[Block], why: str) -> None:
+    module, x = kind().eval(), torch.randn(2, 4, 5, 5)
+    result = fuser.optimize(module, example_inputs=(x,))
+    (remark,) = (remark for remark in result.report.missed if remark.pass_name == "fold-batch-norm")
+    assert remark.code == "body" and why in remark.reason
+    torch.testing.assert_close(result.model(x), module(x), rtol=0, atol=0)

@@ -27,14 +27,13 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import fx, nn
-from torch._ops import HigherOrderOperator
 
 from fuser import registry
 from fuser.errors import InputError, PassError, VerificationError
+from fuser.graphs.torch.bodies import placeholders
 from fuser.graphs.torch.captured import is_number, is_parameter
 from fuser.graphs.torch.graph import TorchGraph
 from fuser.graphs.torch.purity import may_be_written
-from fuser.graphs.torch.scopes import placeholders
 from fuser.graphs.torch.values import is_readable
 from fuser.job import Job
 from fuser.report import Report
@@ -204,7 +203,6 @@ class _Optimizer:
             for i, node in enumerate(inputs)
             if is_parameter(node)
             and is_readable(example_inputs[i])
-            and not _is_operand_of_unknown_code(node)
             and _storage(example_inputs[i]) not in memory
         ]
 
@@ -358,12 +356,6 @@ def _storage(tensor: torch.Tensor) -> int:
 def _plain(value: Any) -> Any:
     """The number behind a symbolic one, without a guard on it."""
     return value.node.hint if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)) else value
-
-
-def _is_operand_of_unknown_code(node: fx.Node) -> bool:
-    """Whether a higher-order operator takes the value: what its body writes is not looked into."""
-    known = torch.ops.higher_order.cond
-    return any(isinstance(user.target, HigherOrderOperator) and user.target is not known for user in node.users)
 
 
 def _no_module(node: fx.Node) -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import fx
 from torch.fx.node import map_arg
 
+from fuser.graphs.torch.bodies import placeholders
 from fuser.graphs.torch.carriers import ModuleCarrier
 from fuser.graphs.torch.copy import Copier
-from fuser.graphs.torch.scopes import placeholders
 
 
 class CapturedCarrier(ModuleCarrier):

@@ -33,8 +33,7 @@ MAX_ELEMENTS = 2**28
 class Constants:
     """What is known; kept up to date while the graph is edited.
 
-    origin: the tensor that a leaf stands for; for an operand of a `torch.cond` branch the node outside; None
-        for everything else.
+    origin: the tensor that a leaf stands for; for an operand of a body the node outside; None for everything else.
     module: the module that a call_module calls.
     seen: the parameters and buffers whose numbers somebody has asked for, by identity.
     """

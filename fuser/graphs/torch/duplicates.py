@@ -21,7 +21,7 @@ from fuser.graphs.torch.purity import (
     is_guard,
     is_known_function,
     is_known_module,
-    written_operands,
+    moving,
 )
 
 _ATOMS = (
@@ -54,11 +54,11 @@ def duplicate_nodes(
     stored: the tensor that a leaf stands for, if nothing writes into it.
     """
     seen: dict[Hashable, fx.Node] = {}
-    moving = _moving(nodes(), called)
+    moved = moving(nodes(), called)
     for node in nodes():
         if _may_change_state(node, called):
             seen.clear()
-        if node in moving or not _is_repeatable(node, called) or any(x in moving for x in node.all_input_nodes):
+        if node in moved or not _is_repeatable(node, called) or any(x in moved for x in node.all_input_nodes):
             continue
         try:
             key = node.graph, node.op, called(node) or node.target, _form((node.args, node.kwargs), stored)
@@ -67,20 +67,6 @@ def duplicate_nodes(
         twin = seen.setdefault(key, node)
         if twin is not node:
             yield node, twin
-
-
-def _moving(nodes: Iterable[fx.Node], called: Called) -> set[fx.Node]:
-    """The values that some node writes into, and all that may share memory with them."""
-    pending = [operand for node in nodes for operand in written_operands(node, called(node))]
-    found = set(pending)
-    while pending:
-        value = pending.pop()
-        near = [user for user in value.users if user.op != "output" and not is_fresh(user, called(user))]
-        if not is_fresh(value, called(value)):
-            near += value.all_input_nodes
-        pending += [node for node in near if node not in found]
-        found.update(near)
-    return found
 
 
 def _may_change_state(node: fx.Node, called: Called) -> bool:

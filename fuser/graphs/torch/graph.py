@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -46,7 +47,7 @@ from fuser.graphs.torch.purity import (
     is_private,
     may_be_written,
     measured_operands,
-    operands,
+    uses,
     written_operands,
 )
 from fuser.graphs.torch.readers import (
@@ -160,6 +161,10 @@ class TorchGraph:
 
     def read(self, node: fx.Node) -> Op | None:
         """The node as an op; None where the vocabulary has no word, or the node is not exactly understood."""
+        op, sealed = self._read(node), self._wiring.scope(node).sealed
+        return op if op is None or sealed is None else replace(op, hooked=sealed)
+
+    def _read(self, node: fx.Node) -> Op | None:
         try:
             if (module := self._called(node)) is not None:
                 entry = MODULE_READERS.get(module_class(module))
@@ -181,10 +186,13 @@ class TorchGraph:
     def readers(self, value: Value) -> Sequence[Reader]:
         tensor = self._tensor(value)
         if tensor is None:
-            return list(self._uses(value)) if isinstance(value, fx.Node) else []
+            return [reader for _, reader in self._uses(value)] if isinstance(value, fx.Node) else []
         found: list[Reader] = []
         for holder in self._wiring.sharers(tensor):
-            found += [self._reader(holder)] if holder.op == "call_module" else self._uses(holder)
+            if holder.op == "call_module":
+                found.append(self._reader(holder))
+            else:  # what passes it into a body does not read it; the body does
+                found += [reader for user, reader in self._uses(holder) if not self._wiring.passes_in(user, holder)]
         return found
 
     def constant(self, value: Value) -> Array | Missed:
@@ -460,7 +468,11 @@ class TorchGraph:
         Where an edge stays, small values that feed it are the edge.
         """
         for node in self._wiring.alive():
-            if not self._is_expression(node) or all(self._constants.is_known(user) for user in node.users):
+            if (
+                self._is_sealed(node)
+                or not self._is_expression(node)
+                or all(self._constants.is_known(user) for user in node.users)
+            ):
                 continue
             if (op := self._as_constant(node)) is not None:
                 yield op
@@ -506,15 +518,19 @@ class TorchGraph:
     def _dead_ops(self) -> Iterator[Dead]:
         """From the end to the start, so that what feeds only dead nodes is dead when it is reached."""
         for node in reversed(self._wiring.order):
-            if not self._wiring.is_erased(node) and not node.users and self._is_droppable(node):
+            is_dead = not self._wiring.is_erased(node) and not node.users and self._is_droppable(node)
+            if is_dead and not self._is_sealed(node):
                 yield Dead(node, node)
 
     def _duplicate_ops(self) -> Iterator[Duplicate]:
         for node, twin in duplicate_nodes(self._wiring.alive, self._called, self._tensor):
-            if not self._carrier.is_named(node):
+            if not self._carrier.is_named(node) and not self._is_sealed(node):
                 yield Duplicate(node, node, twin)
 
     # -- reading, inside
+
+    def _is_sealed(self, node: fx.Node) -> bool:
+        return self._wiring.scope(node).sealed is not None
 
     def _kind(self, node: fx.Node) -> type[Op]:
         """What kind of op the node can be; `Op` itself for a node without a word."""
@@ -566,17 +582,19 @@ class TorchGraph:
     def _reader(self, node: fx.Node) -> Reader:
         return Reader(self._site(node), self.read(node))
 
-    def _uses(self, value: fx.Node) -> Iterator[Reader]:
-        """One reader for each time that a node takes `value`."""
+    def _uses(self, value: fx.Node) -> Iterator[tuple[fx.Node, Reader]]:
+        """One reader for each time that a node takes `value`, and the node."""
         for user in value.users:
-            taken = operands(user)
+            taken = uses(user)
             if user.op == "output":
                 label = self._wiring.scope(user).label or "graph"
-                yield from (Reader(f"{label} output {i}", None) for i, node in enumerate(taken) if node is value)
+                yield from (
+                    (user, Reader(f"{label} output {i}", None)) for i, node in enumerate(taken) if node is value
+                )
             elif not is_guard(self._called(user)):
                 measured = measured_operands(user).count(value)
-                yield from [self._reader(user)._replace(shape_only=True)] * measured
-                yield from [self._reader(user)] * (taken.count(value) - measured)
+                yield from [(user, self._reader(user)._replace(shape_only=True))] * measured
+                yield from [(user, self._reader(user))] * (taken.count(value) - measured)
 
     def _site(self, node: fx.Node) -> str:
         return self._sites.get(node, node.name)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 
+from fuser.graphs.torch.bodies import bodies, operands, placeholders
 from fuser.graphs.torch.calls import bind, signature
+from fuser.graphs.torch.carriers import attribute
 
 _LANGUAGE = ("_operator", "math", "builtins")
 _IN_PLACE_OPERATORS = frozenset(
@@ -76,7 +78,7 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
                 if argument.alias_info is not None and argument.alias_info.is_write:
                     yield node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
     elif isinstance(target, HigherOrderOperator):
-        return  # torch traces their bodies as functions of their operands
+        yield from _written_in_bodies(node)
     elif target in _IN_PLACE_OPERATORS:
         yield from node.args[:1]
     elif not is_known_function(target):
@@ -85,6 +87,39 @@ def _written_by_function(node: fx.Node) -> Iterator[Any]:
         if _is_in_place_name(target.__name__) or _asks_for_in_place(node):
             yield node.args[0] if node.args else node.kwargs.get("input")
         yield node.kwargs.get("out")
+
+
+def _written_in_bodies(call: fx.Node) -> Iterator[Any]:
+    """The operands of a higher-order operator that its bodies write into; all of them where nobody knows."""
+    given, called = operands(call), bodies(call)
+    passed = None if given is None else (*given.varying, *given.fixed)
+    if not called:
+        yield from call.all_input_nodes
+    for body in called.values():
+        moved = moving(body.graph.nodes, partial(_called_in, body))
+        inputs = placeholders(body.graph)
+        if passed is None or len(inputs) != len(passed):
+            yield from call.all_input_nodes if not moved.isdisjoint(inputs) else ()
+        else:
+            yield from (operand for operand, node in zip(passed, inputs, strict=True) if node in moved)
+
+
+def _called_in(body: fx.GraphModule, node: fx.Node) -> nn.Module | None:
+    return attribute(body, str(node.target)) if node.op == "call_module" else None
+
+
+def moving(nodes: Iterable[fx.Node], called: Called) -> set[fx.Node]:
+    """The values that some node writes into, and all that may share memory with them."""
+    pending = [operand for node in nodes for operand in written_operands(node, called(node))]
+    found = set(pending)
+    while pending:
+        value = pending.pop()
+        near = [user for user in value.users if user.op != "output" and not is_fresh(user, called(user))]
+        if not is_fresh(value, called(value)):
+            near += value.all_input_nodes
+        pending += [node for node in near if node not in found]
+        found.update(near)
+    return found
 
 
 def _is_in_place_name(name: str) -> bool:
@@ -250,7 +285,7 @@ def measured_operands(node: fx.Node) -> list[fx.Node]:
     return [operand for operand in given if isinstance(operand, fx.Node)]
 
 
-def operands(node: fx.Node) -> list[fx.Node]:
+def uses(node: fx.Node) -> list[fx.Node]:
     """Every use of a value in the arguments of the node."""
     taken: list[fx.Node] = []
     fx.node.map_arg((node.args, node.kwargs), taken.append)
@@ -258,7 +293,7 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 
 def _only_measures(node: fx.Node, value: fx.Node) -> bool:
-    return operands(node).count(value) == measured_operands(node).count(value)
+    return uses(node).count(value) == measured_operands(node).count(value)
 
 
 Called = Callable[[fx.Node], nn.Module | None]

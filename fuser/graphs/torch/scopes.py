@@ -1,38 +1,48 @@
-"""The graphs inside a graph: the branches of `torch.cond`, and how values get into them.
+"""The graphs inside a graph: the bodies of higher-order operators, and how values get into them.
 
-A branch sees nothing but its operands.  A constant for an operator in a branch is registered outside and passed
-in, to every branch of the call alike.
+A body sees nothing but its operands.  A constant for an operator in a body is registered outside and passed in, to
+every body of the call alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
-from fuser.graphs.torch.carriers import attribute
+from fuser.graphs.torch.bodies import bodies, operands, placeholders, set_fixed
+from fuser.graphs.torch.purity import written_operands
+from fuser.remarks import Missed
 
 
 class Scope:
-    """One graph: the outermost one, or a branch.
+    """One graph: the outermost one, or a body.
 
-    call: the `torch.cond` that a branch belongs to; None for the outermost graph.
+    call: the operator that a body belongs to; None for the outermost graph.
     label: how a person calls it; empty for the outermost graph.
-    branches: the scopes of each `torch.cond` in it.
+    sealed: why nothing in it is changed, if so.
+    bodies: the scopes of each higher-order operator in it.
     """
 
-    def __init__(self, module: fx.GraphModule, call: fx.Node | None = None, label: str = "") -> None:
-        self.module, self.call, self.label = module, call, label
-        self.branches: dict[fx.Node, list[Scope]] = {}
+    def __init__(
+        self, module: fx.GraphModule, call: fx.Node | None = None, label: str = "", sealed: Missed | None = None
+    ) -> None:
+        self.module, self.call, self.label, self.sealed = module, call, label, sealed
+        self.bodies: dict[fx.Node, list[Scope]] = {}
         self._position = {node: i for i, node in enumerate(placeholders(module.graph))}
 
     def operand(self, placeholder: fx.Node) -> fx.Node | None:
-        """What is passed in for a placeholder of this branch; None where that is a number."""
+        """What is passed in for a placeholder of this body; None where that is a number, or not always the same."""
         assert self.call is not None
-        given = operands(self.call)[self._position[placeholder]]
-        return given if isinstance(given, fx.Node) else None
+        given = None if self.sealed else operands(self.call)
+        if given is None:
+            return None
+        position = self._position[placeholder] - len(given.varying)
+        passed = given.fixed[position] if position >= 0 else None
+        return passed if isinstance(passed, fx.Node) else None
 
     def append(self, name: str, meta: dict[str, Any]) -> fx.Node:
         """A new placeholder after the others."""
@@ -58,62 +68,61 @@ class Scope:
         return any(node.users for node, i in self._position.items() if i == position)
 
 
-def operands(call: fx.Node) -> tuple[Any, ...]:
-    """What a `torch.cond` passes to its branches."""
-    given = call.args[3]
-    assert isinstance(given, (list, tuple))
-    return tuple(given)
-
-
 def pass_in(outside: Scope, call: fx.Node, value: fx.Node) -> dict[fx.Graph, fx.Node]:
-    """Make `value` one more operand of the call; what it is in each branch."""
-    call.update_arg(3, (*operands(call), value))
-    return {branch.module.graph: branch.append(value.name, value.meta) for branch in outside.branches[call]}
+    """Make `value` one more operand of the call; what it is in each body."""
+    given = operands(call)
+    assert given is not None  # otherwise they are sealed
+    set_fixed(call, (*given.fixed, value))
+    return {body.module.graph: body.append(value.name, value.meta) for body in outside.bodies[call]}
 
 
 def leave_out(outside: Scope, call: fx.Node, position: int) -> tuple[list[fx.Node], fx.Node | None]:
-    """Drop the operand at `position` if no branch reads it.
+    """Drop the operand at `position` if no body reads it, and it is always the same.
 
     Returns the placeholders that are gone, and the node that loses a reader.
     """
     given = operands(call)
-    if any(branch.is_read(position) for branch in outside.branches[call]):
+    assert given is not None  # otherwise they are sealed
+    varying, fixed = given
+    at = position - len(varying)
+    if at < 0 or any(body.is_read(position) for body in outside.bodies[call]):
         return [], None
-    gone = [branch.remove(position) for branch in outside.branches[call]]
-    call.update_arg(3, given[:position] + given[position + 1 :])
-    dropped = given[position]
-    return gone, dropped if isinstance(dropped, fx.Node) else None
+    gone = [body.remove(position) for body in outside.bodies[call]]
+    set_fixed(call, fixed[:at] + fixed[at + 1 :])
+    return gone, fixed[at] if isinstance(fixed[at], fx.Node) else None
 
 
 def scopes(module: fx.GraphModule) -> dict[fx.Graph, Scope]:
-    """The graph of the module and those of all branches below it, from the outside in."""
-    found: dict[fx.Graph, Scope] = {}
-    pending = [Scope(module)]
+    """The graph of the module and those of all bodies below it, from the outside in."""
+    found = {module.graph: Scope(module)}
+    pending = list(found.values())
     while pending:
         scope = pending.pop(0)
-        found[scope.module.graph] = scope
         for call in scope.module.graph.nodes:
-            if call.target is torch.ops.higher_order.cond:
-                scope.branches[call] = list(_branches(scope, call))
-                pending += scope.branches[call]
+            called = bodies(call) if isinstance(call.target, HigherOrderOperator) else {}
+            sealed = scope.sealed or (_sealed(scope, call, called) if called else None)
+            for reader, body in called.items():
+                if body.graph not in found:
+                    label = f"{scope.label}.{reader.target}" if scope.label else str(reader.target)
+                    found[body.graph] = Scope(body, call, label, sealed)
+                    scope.bodies.setdefault(call, []).append(found[body.graph])
+        pending += [body for inside in scope.bodies.values() for body in inside]
     return found
 
 
-def _branches(scope: Scope, call: fx.Node) -> Iterator[Scope]:
-    """Both branches of a `torch.cond`; none where one of them has other callers too."""
-    readers = call.args[1:3]
-    if len(call.args) != 4 or not all(
-        isinstance(reader, fx.Node) and reader.op == "get_attr" and len(reader.users) == 1 for reader in readers
-    ):
-        return
-    targets = [str(reader.target) for reader in readers if isinstance(reader, fx.Node)]
-    uses = [node.target for node in scope.module.graph.find_nodes(op="get_attr") if node.target in targets]
-    modules = [attribute(scope.module, target) for target in targets]
-    if len(uses) != 2 or len(set(targets)) != 2 or not all(isinstance(module, fx.GraphModule) for module in modules):
-        return
-    for module, target in zip(modules, targets, strict=True):
-        yield Scope(module, call, f"{scope.label}.{target}" if scope.label else target)
-
-
-def placeholders(graph: fx.Graph) -> list[fx.Node]:
-    return [node for node in graph.nodes if node.op == "placeholder"]
+def _sealed(scope: Scope, call: fx.Node, called: Mapping[fx.Node, fx.GraphModule]) -> Missed | None:
+    """Why the bodies of the call, by the node that reads each, are to stay as they are."""
+    given = operands(call)
+    targets = {reader.target for reader in called}
+    uses = [node for node in scope.module.graph.find_nodes(op="get_attr") if node.target in targets]
+    if call.target is torch.ops.higher_order.wrap_with_autocast and call.args[2]:
+        reason = "it runs under torch.autocast, which decides in what type to compute"
+        return Missed("body", reason, "optimize the model without autocast, in the type that it is to run in")
+    count = -1 if given is None or call.kwargs else len(given.varying) + len(given.fixed)
+    if any(len(placeholders(body.graph)) != count for body in called.values()):
+        return Missed("body", f"it is in a body of {call.target}, and what is passed into that is not understood")
+    if len(uses) != len(called) or any(len(reader.users) != 1 for reader in called):
+        return Missed("body", f"the body of {call.target} that it is in has other callers, too")
+    if written_operands(call, None):
+        return Missed("body", f"the body of {call.target} that it is in writes into what it is given")
+    return None

@@ -1,4 +1,4 @@
-"""The nodes of an fx graph and of the branches in it: which are alive, what they stand for, and what an edit
+"""The nodes of an fx graph and of the bodies in it: which are alive, what they stand for, and what an edit
 leaves without readers.  It knows nothing of what a node means.
 """
 
@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from fuser.graphs.torch.bodies import operands
 from fuser.graphs.torch.carriers import Carrier, attribute
 from fuser.graphs.torch.meta import Meta
+from fuser.graphs.torch.purity import uses
 from fuser.graphs.torch.scopes import Scope, leave_out, pass_in, scopes
 
 
 class Wiring:
-    """order: all nodes in topological order, those of a branch before the call that runs it."""
+    """order: all nodes in topological order, those of a body before the call that runs it."""
 
     def __init__(self, carrier: Carrier) -> None:
         self.carrier = carrier
@@ -34,8 +36,8 @@ class Wiring:
     def _walk(self, graph: fx.Graph) -> Iterator[fx.Node]:
         scope = self.scopes[graph]
         for node in graph.nodes:
-            for branch in scope.branches.get(node, ()):
-                yield from self._walk(branch.module.graph)
+            for body in scope.bodies.get(node, ()):
+                yield from self._walk(body.module.graph)
             yield node
 
     # -- reading
@@ -58,7 +60,7 @@ class Wiring:
         return module
 
     def origin(self, node: fx.Node) -> torch.Tensor | fx.Node | None:
-        """The tensor that a leaf stands for, or the node outside that a placeholder of a branch stands for."""
+        """The tensor that a leaf stands for, or the node outside that a placeholder of a body stands for."""
         if node.op not in ("placeholder", "get_attr"):
             return None
         scope = self.scope(node)
@@ -68,6 +70,12 @@ class Wiring:
             return scope.operand(node)
         value = attribute(scope.module, str(node.target))
         return value if isinstance(value, torch.Tensor) else None
+
+    def passes_in(self, call: fx.Node, value: fx.Node) -> bool:
+        """Whether the call does nothing with the value but give it to bodies, for which a placeholder stands there."""
+        bodies = self.scope(call).bodies.get(call, ())
+        given = operands(call) if bodies and not any(body.sealed for body in bodies) else None
+        return given is not None and given.fixed.count(value) == uses(call).count(value)
 
     def sharers(self, tensor: torch.Tensor) -> list[fx.Node]:
         """The nodes that stand for the tensor, and the calls of modules that hold it."""
@@ -105,7 +113,7 @@ class Wiring:
         self._note_sharer(node)
 
     def new_constant(self, user: fx.Node, base: str, tensor: torch.Tensor) -> dict[fx.Graph, fx.Node]:
-        """Nodes for `tensor`, by graph; `user` can read that of its own.  Into a branch it is passed as operand."""
+        """Nodes for `tensor`, by graph; `user` can read that of its own.  Into a body it is passed as operand."""
         call = self.scope(user).call
         if call is not None:
             outside = self.new_constant(call, base, tensor)
@@ -187,6 +195,8 @@ class Wiring:
     def lint(self) -> None:
         """Raises ValueError, with one line, if a graph is not valid."""
         for scope in self.scopes.values():
+            if scope.sealed:
+                continue
             try:
                 scope.module.graph.lint()
             except (RuntimeError, ValueError) as error:
