@@ -32,7 +32,8 @@ class Scope:
     ) -> None:
         self.module, self.call, self.label, self.sealed = module, call, label, sealed
         self.bodies: dict[fx.Node, list[Scope]] = {}
-        self._position = {node: i for i, node in enumerate(placeholders(module.graph))}
+        self._inputs = placeholders(module.graph)
+        self._position = {node: i for i, node in enumerate(self._inputs)}
 
     def operand(self, placeholder: fx.Node) -> fx.Node | None:
         """What is passed in for a placeholder of this body; None where that is a number, or not always the same."""
@@ -50,22 +51,24 @@ class Scope:
         with graph.inserting_before(next(node for node in graph.nodes if node.op != "placeholder")):
             node = graph.placeholder(name)
         node.meta.update(meta)
-        self._position[node] = len(self._position)
+        self._position[node] = len(self._inputs)
+        self._inputs.append(node)
         return node
 
     def remove(self, position: int) -> fx.Node:
         """Take out the placeholder at `position`, which nobody reads, and return it."""
-        node = next(node for node, i in self._position.items() if i == position)
+        node = self._inputs.pop(position)
         self.module.graph.erase_node(node)
-        rest = sorted(self._position.items() - {(node, position)}, key=lambda item: item[1])
-        self._position = {node: i for i, (node, _) in enumerate(rest)}
+        del self._position[node]
+        for behind in self._inputs[position:]:
+            self._position[behind] -= 1
         return node
 
     def position(self, placeholder: fx.Node) -> int:
         return self._position[placeholder]
 
     def is_read(self, position: int) -> bool:
-        return any(node.users for node, i in self._position.items() if i == position)
+        return bool(self._inputs[position].users)
 
 
 def pass_in(outside: Scope, call: fx.Node, value: fx.Node) -> dict[fx.Graph, fx.Node]:
