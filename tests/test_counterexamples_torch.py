@@ -13,6 +13,7 @@ from functorch.experimental import control_flow
 from torch import Tensor, fx, nn
 from torch._higher_order_ops.scan import scan
 from torch._higher_order_ops.while_loop import while_loop
+from torch.testing._internal.two_tensor import TwoTensor
 
 import fuser
 
@@ -520,3 +521,32 @@ def test_why_nothing_is_changed_in_a_body(kind: type[Block], why: str) -> None:
     (remark,) = (remark for remark in result.report.missed if remark.pass_name == "fold-batch-norm")
     assert remark.code == "body" and why in remark.reason
     torch.testing.assert_close(result.model(x), module(x), rtol=0, atol=0)
+
+
+# -- tensors of other classes
+
+
+class NamedParameter(nn.Parameter):
+    """As frameworks do to attach attributes."""
+
+
+@WAYS
+def test_a_parameter_by_another_name_is_a_parameter(how: str) -> None:
+    module, x = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)).eval(), torch.randn(2, 4, 6, 6)
+    module[0].weight = NamedParameter(module[0].weight.data)
+    kept = module[0].weight
+    found = optimized(module, x, how)
+    assert module[0].weight is kept and not list(found.buffers())
+    torch.testing.assert_close(found(x), module(x))
+
+
+@WAYS
+def test_a_tensor_that_wraps_others_is_opaque(how: str) -> None:
+    module = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(16, 16)).eval()
+    x = torch.randn(3, 4, 2, 2)
+    weight = module[3].weight.data
+    module[3].weight = nn.Parameter(TwoTensor(weight, weight.clone()))
+    module.append(nn.BatchNorm1d(16).eval())
+    given = {"captured": {"example_inputs": (x,)}}.get(how, {})
+    report = fuser.explain(torch.export.export(module, (x,)) if how == "exported" else module, **given)
+    assert [remark.code for remark in (*report.applied, *report.missed)] == ["applied", "not-constant"]

@@ -192,9 +192,11 @@ class Constants:
 
 def memory(tensor: torch.Tensor) -> int:
     """Where its elements are; equal for views of one another."""
-    if tensor.layout != torch.strided:
-        return id(tensor)
-    return tensor.untyped_storage().data_ptr() or id(tensor)
+    try:
+        place = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
+    except RuntimeError:  # of a tensor that only wraps others
+        place = 0
+    return place or id(tensor)
 
 
 def _computed(node: fx.Node, values: dict[fx.Node, Any]) -> Any:

@@ -24,13 +24,20 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_readable(tensor: torch.Tensor) -> bool:
-    """Whether the numbers can be looked at: fake, meta, sparse, quantized and subclassed tensors hide theirs."""
+    """Whether the numbers can be looked at: fake, meta, sparse, quantized and most subclassed tensors hide theirs."""
     return (
-        type(tensor) in _PLAIN
+        (type(tensor) in _PLAIN or _is_parameter_by_another_name(type(tensor)))
         and tensor.layout == torch.strided
         and tensor.device.type != "meta"
         and not tensor.is_quantized
     )
+
+
+def _is_parameter_by_another_name(kind: type[torch.Tensor]) -> bool:
+    """Whether torch treats a subclass as it does a parameter, whatever attributes it adds."""
+    parameter: Any = torch.nn.Parameter
+    hooks = ("__torch_function__", "__torch_dispatch__")
+    return issubclass(kind, parameter) and all(getattr(kind, name) is getattr(parameter, name) for name in hooks)
 
 
 def to_array(tensor: torch.Tensor) -> Array:
