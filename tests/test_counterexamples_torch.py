@@ -550,3 +550,55 @@ def test_a_tensor_that_wraps_others_is_opaque(how: str) -> None:
     given = {"captured": {"example_inputs": (x,)}}.get(how, {})
     report = fuser.explain(torch.export.export(module, (x,)) if how == "exported" else module, **given)
     assert [remark.code for remark in (*report.applied, *report.missed)] == ["applied", "not-constant"]
+
+
+# -- what a trace does not show
+
+
+class Kept(nn.Module):
+    """It keeps tensors in attributes, without registering them."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.conv, self.norm = how, nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.kept, self.listed = torch.ones(4, 1, 1), [torch.ones(4, 1, 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "written":
+            self.kept.add_(1)
+        elif self.how == "assigned":
+            self.kept = self.kept + 1
+        elif self.how == "in-a-list":
+            self.listed[0].add_(1)
+        y: Tensor = self.norm(self.conv(x)) * self.kept * self.listed[0]
+        return y
+
+
+@pytest.mark.parametrize("how", ["written", "assigned", "in-a-list"])
+def test_a_tensor_that_is_no_buffer_and_changes_is_refused(how: str) -> None:
+    module = Kept(how).eval()
+    with pytest.raises(fuser.InputError, match=r"changes its tensor '(kept|listed)'"):
+        fuser.optimize(module)
+    assert float(module.kept.sum()) == float(module.listed[0].sum()) == 4
+    assert fuser.optimize(Kept("").eval(), verify=False).report.applied
+
+
+class Optional(nn.Module):
+    def __init__(self, decides: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.decides = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), decides
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, scale: Tensor | None = None) -> Any:
+        y: Tensor = self.norm(self.conv(x))
+        if mask is not None:
+            y = y * mask
+        return y * 2 if self.decides and scale is not None else (y, y + torch.arange(4).view(4, 1, 1))
+
+
+def test_an_argument_that_only_decides_is_refused() -> None:
+    with pytest.raises(fuser.InputError, match="something else without 'scale'"):
+        fuser.optimize(Optional(True).eval())
+    x = torch.randn(2, 4, 5, 5)
+    captured = fuser.optimize(Optional(True).eval(), example_inputs=(x,), example_kwargs={"scale": x}, verify=False)
+    assert captured.report.applied
+    assert fuser.optimize(Optional(False).eval(), verify=False).report.applied

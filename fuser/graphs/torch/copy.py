@@ -19,7 +19,7 @@ from fuser.graphs.torch.values import alias
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-_REGISTRIES = ("_parameters", "_buffers", "_modules")
+REGISTRIES = ("_parameters", "_buffers", "_modules")
 _BELONGS_TO_THE_CODE = ("_graph", "_code", "_lineno_map", "_prologue_start")
 
 
@@ -95,6 +95,6 @@ def shallow(module: nn.Module) -> nn.Module:
     """The same module with registries of its own: what is registered on the copy is not seen by the other."""
     made: nn.Module = object.__new__(type(module))
     made.__dict__.update(module.__dict__)
-    for registry in _REGISTRIES:
+    for registry in REGISTRIES:
         made.__dict__[registry] = dict(module.__dict__[registry])
     return made
