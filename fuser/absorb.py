@@ -367,7 +367,7 @@ class Walker:
         if m.axis is not None and (refused := self._unbatched(op)) is not None:
             return refused
         padded = op.transposed or op.padding is None or any(side for pads in op.padding for side in pads)
-        if padded and m.affine.shift.any():
+        if padded and op.pads_zeros and m.affine.shift.any():
             return Missed(
                 "padding",
                 f"{name}, which reads it, pads with zeros, and a shift does not commute with that",

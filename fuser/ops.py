@@ -48,6 +48,7 @@ class Conv(LinearOperator):
     weight: [Cout, Cin/groups, *kernel], or [Cin, Cout/groups, *kernel] when transposed.
     padding: zeros added (before, after) each spatial axis; None when it depends on the input's size or is
         not made of zeros.
+    pads_zeros: whether it would pad with zeros, and not with elements of the input.
     """
 
     groups: int = 1
@@ -55,6 +56,7 @@ class Conv(LinearOperator):
     strides: tuple[int, ...] = ()
     dilations: tuple[int, ...] = ()
     padding: Padding | None = None
+    pads_zeros: bool = True
 
     @property
     def out_axis(self) -> int:

@@ -602,3 +602,19 @@ def test_an_argument_that_only_decides_is_refused() -> None:
     captured = fuser.optimize(Optional(True).eval(), example_inputs=(x,), example_kwargs={"scale": x}, verify=False)
     assert captured.report.applied
     assert fuser.optimize(Optional(False).eval(), verify=False).report.applied
+
+
+# -- padding
+
+
+@pytest.mark.parametrize("how", ["traced", "captured"])
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+def test_a_shift_commutes_with_padding_by_elements(mode: str, how: str) -> None:
+    norm, conv = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3, padding=1, padding_mode=mode)
+    norm.running_mean.normal_()
+    module, x = nn.Sequential(norm, conv).eval(), torch.randn(2, 4, 5, 5)
+    result = fuser.optimize(module, verify=False, **({"example_inputs": (x,)} if how == "captured" else {}))
+    remarks = (*result.report.applied, *result.report.missed)
+    codes = [remark.code for remark in remarks if remark.pass_name == "fold-batch-norm"]
+    assert codes == ["padding" if mode == "zeros" else "applied"]
+    torch.testing.assert_close(result.model(x), module(x), rtol=1e-4, atol=1e-5)

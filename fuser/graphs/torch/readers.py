@@ -598,6 +598,7 @@ def _conv_module(call: ModuleCall) -> ops.Op:
         strides=tuple(module.stride),
         dilations=tuple(module.dilation),
         padding=_module_padding(module),
+        pads_zeros=module.padding_mode == "zeros",
         hooked=call.hooked,
     )
 
