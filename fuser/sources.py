@@ -329,11 +329,16 @@ def _torch(
     name = type(model).__name__
     if isinstance(model, torch.export.ExportedProgram):
         return TorchSource(name, model, lambda: TorchGraph.from_exported_program(model), may_lack_inputs=False)
-    if example_inputs is None or isinstance(model, torch.fx.GraphModule):
+    is_graph = isinstance(model, torch.fx.GraphModule)
+    if example_inputs is None or is_graph:
         _refuse_lazy(model)
-        is_graph = isinstance(model, torch.fx.GraphModule)
-        open_graph: Callable[[Any], Any] = TorchGraph.from_graph_module if is_graph else TorchGraph.from_module
-        return TorchSource(name, model, lambda: open_graph(model), may_lack_inputs=example_inputs is None)
+
+        def open_graph() -> Any:
+            if is_graph:
+                return TorchGraph.from_graph_module(model, example_inputs, example_kwargs)
+            return TorchGraph.from_module(model)
+
+        return TorchSource(name, model, open_graph, may_lack_inputs=example_inputs is None)
     program = capture(model, tuple(example_inputs), dict(example_kwargs or {}), dynamic_shapes)
     return TorchSource(
         name,

@@ -618,3 +618,47 @@ def test_a_shift_commutes_with_padding_by_elements(mode: str, how: str) -> None:
     codes = [remark.code for remark in remarks if remark.pass_name == "fold-batch-norm"]
     assert codes == ["padding" if mode == "zeros" else "applied"]
     torch.testing.assert_close(result.model(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+# -- example inputs of a GraphModule
+
+
+class Stateful(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        self.calls.add_(1)
+        y: Tensor = self.last(self.norm(self.linear(x * self.calls)))
+        return y
+
+
+def test_example_inputs_tell_a_graph_module_its_ranks() -> None:
+    module, x = Stateful().eval(), torch.randn(3, 4)
+    module.last.train()
+    tracer = fx.Tracer()
+    tracer.proxy_buffer_attributes = True
+    traced = fx.GraphModule(module, tracer.trace(module))
+    traced.eval().last.train()
+    before = {name: value.clone() for name, value in traced.state_dict().items()}
+    metas = [dict(node.meta) for node in traced.graph.nodes]
+    plain = fuser.explain(traced)
+    given = [
+        fuser.explain(traced, example_inputs=(x,)),
+        fuser.explain(traced, example_inputs=(), example_kwargs={"x": x}),
+    ]
+    assert "rank" in {remark.code for remark in plain.missed} and not plain.applied
+    for report in given:
+        assert [remark.site for remark in report.applied] == ["norm"]
+        assert [remark.code for remark in report.missed] == ["training-mode"]
+    torch.testing.assert_close(dict(traced.state_dict()), before, rtol=0, atol=0)
+    assert metas == [dict(node.meta) for node in traced.graph.nodes]
+
+
+def test_on_example_inputs_no_code_of_the_users_is_run() -> None:
+    module, seen = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4)).eval(), []
+    module[1].register_forward_hook(lambda *given: seen.append(given))
+    report = fuser.explain(fx.symbolic_trace(module), example_inputs=(torch.randn(3, 4),))
+    assert not seen and [remark.code for remark in report.missed] == ["rank"]

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 
 from fuser.graphs.torch.calls import WITH_INDICES, bind, signature
-from fuser.graphs.torch.purity import is_known_function
+from fuser.graphs.torch.purity import is_known_function, is_known_module
 from fuser.graphs.torch.readers import CONVS, DROPOUTS, NORMS, POOLS
 
 _KEEPING_MODULES = frozenset(
@@ -113,7 +113,7 @@ class Facts:
 
     def _visit_module(self, node: fx.Node, module: Any) -> None:
         data = _first(node)
-        if data is None:
+        if data is None or not is_known_module(module):
             return
         if type(module) in _KEEPING_MODULES:
             if type(module) in TAKES:

@@ -27,6 +27,7 @@ from fuser.graphs.torch.constants import Constants, memory
 from fuser.graphs.torch.copy import Copier
 from fuser.graphs.torch.costs import multiply_adds
 from fuser.graphs.torch.duplicates import duplicate_nodes
+from fuser.graphs.torch.examples import on_examples
 from fuser.graphs.torch.facts import Facts, common_dtype
 from fuser.graphs.torch.meta import TensorLike, Values, have_one_layout, meta_tensor
 from fuser.graphs.torch.names import is_tuple, name_sites, operator_name
@@ -102,7 +103,8 @@ class TorchGraph:
     host = "torch"
     rows_only = False
 
-    def __init__(self, carrier: Carrier) -> None:
+    def __init__(self, carrier: Carrier, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None):
+        """args, kwargs: inputs that tell of a graph without shapes how many axes its values have."""
         self.edits = 0
         self._carrier = carrier
         self._wiring = Wiring(carrier)
@@ -110,7 +112,10 @@ class TorchGraph:
         self._constants = Constants(self._wiring.order, self._wiring.origin, self._called)
         self._sites = name_sites(self._wiring.order, self._wiring.scopes, self._constants.is_known)
         unknown = [node for node in self._wiring.order if meta_tensor(node) is None]
-        self._facts = Facts(unknown, self._called, self._constants.described(unknown))
+        known = self._constants.described(unknown)
+        if unknown and (args or kwargs):
+            known = {**on_examples(carrier.module, args or (), kwargs or {}), **known}
+        self._facts = Facts(unknown, self._called, known)
         self._module_tensors: dict[tuple[str, str], ModuleTensor] = {}
 
     @classmethod
@@ -119,9 +124,11 @@ class TorchGraph:
         return cls(ModuleCarrier(trace(module)))
 
     @classmethod
-    def from_graph_module(cls, module: fx.GraphModule) -> TorchGraph:
-        """A GraphModule: traced, or exported with its parameters as attributes."""
-        return cls(ModuleCarrier(Copier().module(module)))
+    def from_graph_module(
+        cls, module: fx.GraphModule, args: Sequence[Any] | None = None, kwargs: Mapping[str, Any] | None = None
+    ) -> TorchGraph:
+        """A GraphModule: traced, or exported with its parameters as attributes; what it is called with, if known."""
+        return cls(ModuleCarrier(Copier().module(module)), args, kwargs)
 
     @classmethod
     def from_exported_program(cls, program: ExportedProgram) -> TorchGraph:
