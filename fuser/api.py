@@ -72,7 +72,8 @@ def optimize(
             torch.onnx.ONNXProgram, a torch.nn.Module, a torch.fx.GraphModule or a torch.export.ExportedProgram.  A
             module goes through torch.export where `example_inputs` are given, and is traced where they are not.
         output: where an ONNX model is written; for a path, `IN.fused.onnx` when omitted.
-        example_inputs, example_kwargs, dynamic_shapes: as for `torch.export.export`.
+        example_inputs, example_kwargs, dynamic_shapes: as for `torch.export.export`; a GraphModule is only told how
+            many axes its values have.
         passes, skip: names of passes to run, in this order, and not to run; all by default.
         then: optimizers of other people to run on the result, for ONNX models: onnxsim, onnxslim, onnxscript,
             onnxruntime, or `module:function`; see `fuser.foreign`.  What fails the check is left out and named.

@@ -106,6 +106,6 @@ class RewritePass(ABC, Generic[RootT, MatchT]):
 
 HOOKED = Missed(
     "hooks",
-    "user code is attached to this module (a forward hook, a parametrization, a class of its own)",
+    "user code is attached to this module (a hook, a replaced method, a parametrization, a class of its own)",
     "remove the hooks, or give example_inputs so that the exported graph is optimized",
 )
