@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from typing import Any
 
 import numpy as np
@@ -520,6 +521,32 @@ def test_why_nothing_is_changed_in_a_body(kind: type[Block], why: str) -> None:
     result = fuser.optimize(module, example_inputs=(x,))
     (remark,) = (remark for remark in result.report.missed if remark.pass_name == "fold-batch-norm")
     assert remark.code == "body" and why in remark.reason
+    torch.testing.assert_close(result.model(x), module(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("names", [("one", "one"), ("one", "two")])
+def test_a_body_with_two_callers_is_left_alone(names: tuple[str, str]) -> None:
+    """Neither sees what is changed for the other."""
+    norm, x = nn.BatchNorm2d(4).eval(), torch.randn(2, 4, 5, 5)
+    body, outer = fx.Graph(), fx.Graph()
+    data, weight, mean, var = (body.placeholder(name) for name in ("data", "weight", "mean", "var"))
+    conv = body.call_function(torch.ops.aten.conv2d.default, (data, weight))
+    body.output(
+        (body.call_function(torch.ops.aten.batch_norm.default, (conv, None, None, mean, var, False, 0, 0, False)),)
+    )
+    called = fx.GraphModule({}, body)
+    given = outer.placeholder("x")
+    for name in names:
+        reader, constants = outer.get_attr(name), [outer.get_attr(key) for key in ("weight", "mean", "var")]
+        block = torch.ops.higher_order.wrap_with_set_grad_enabled
+        call = outer.call_function(block, (False, reader, given, *constants))
+        given = outer.call_function(operator.getitem, (call, 0))
+    outer.output(given)
+    held = {"weight": nn.Parameter(torch.randn(4, 4, 1, 1)), "mean": norm.running_mean, "var": norm.running_var}
+    module = fx.GraphModule({**held, **dict.fromkeys(names, called)}, outer).eval()
+    result = fuser.optimize(module, verify=False)
+    codes = [remark.code for remark in result.report.missed if remark.pass_name == "fold-batch-norm"]
+    assert codes == ["body"] and "other callers" in str(result.report.missed[0])
     torch.testing.assert_close(result.model(x), module(x), rtol=0, atol=0)
 
 

@@ -201,9 +201,7 @@ class _Optimizer:
         self._parameters = [
             i
             for i, node in enumerate(inputs)
-            if is_parameter(node)
-            and is_readable(example_inputs[i])
-            and _storage(example_inputs[i]) not in memory
+            if is_parameter(node) and is_readable(example_inputs[i]) and _storage(example_inputs[i]) not in memory
         ]
 
     def optimize(self, args: Sequence[Any], *, verify: bool) -> _Optimized:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx
 
 from fuser.graphs.torch.carriers import attribute
@@ -24,14 +23,13 @@ class _Layout(NamedTuple):
     spread: bool = False
 
 
-_hop = torch.ops.higher_order
-_LAYOUTS: dict[Any, _Layout] = {
-    _hop.cond: _Layout(3),
-    _hop.map_impl: _Layout(2, (1,)),
-    _hop.scan: _Layout(3, (1, 2)),
-    _hop.while_loop: _Layout(3, (2,)),
-    _hop.wrap_with_set_grad_enabled: _Layout(2, spread=True),
-    _hop.wrap_with_autocast: _Layout(5, spread=True),
+_LAYOUTS = {
+    "cond": _Layout(3),
+    "map_impl": _Layout(2, (1,)),
+    "scan": _Layout(3, (1, 2)),
+    "while_loop": _Layout(3, (2,)),
+    "wrap_with_set_grad_enabled": _Layout(2, spread=True),
+    "wrap_with_autocast": _Layout(5, spread=True),
 }
 
 
@@ -44,7 +42,7 @@ class Operands(NamedTuple):
 
 def operands(call: fx.Node) -> Operands | None:
     """None where it is not known what is passed in."""
-    layout = _LAYOUTS.get(call.target)
+    layout = _LAYOUTS.get(str(call.target))
     if layout is None or len(call.args) < layout.fixed + (not layout.spread):
         return None
     lists = [call.args[position] for position in layout.varying]
@@ -55,7 +53,7 @@ def operands(call: fx.Node) -> Operands | None:
 
 def set_fixed(call: fx.Node, given: tuple[Any, ...]) -> None:
     """Pass in others."""
-    layout = _LAYOUTS[call.target]
+    layout = _LAYOUTS[str(call.target)]
     if layout.spread:
         call.args = (*call.args[: layout.fixed], *given)
     else:

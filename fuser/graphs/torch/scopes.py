@@ -6,10 +6,10 @@ every body of the call alike.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
@@ -97,13 +97,15 @@ def leave_out(outside: Scope, call: fx.Node, position: int) -> tuple[list[fx.Nod
 
 def scopes(module: fx.GraphModule) -> dict[fx.Graph, Scope]:
     """The graph of the module and those of all bodies below it, from the outside in."""
+    names = Counter(part for _, part in module.named_modules(remove_duplicate=False))
     found = {module.graph: Scope(module)}
     pending = list(found.values())
     while pending:
         scope = pending.pop(0)
         for call in scope.module.graph.nodes:
             called = bodies(call) if isinstance(call.target, HigherOrderOperator) else {}
-            sealed = scope.sealed or (_sealed(scope, call, called) if called else None)
+            is_shared = any(names[body] != 1 for body in called.values())
+            sealed = scope.sealed or (_sealed(scope, call, called, is_shared) if called else None)
             for reader, body in called.items():
                 if body.graph not in found:
                     label = f"{scope.label}.{reader.target}" if scope.label else str(reader.target)
@@ -113,18 +115,21 @@ def scopes(module: fx.GraphModule) -> dict[fx.Graph, Scope]:
     return found
 
 
-def _sealed(scope: Scope, call: fx.Node, called: Mapping[fx.Node, fx.GraphModule]) -> Missed | None:
-    """Why the bodies of the call, by the node that reads each, are to stay as they are."""
+def _sealed(scope: Scope, call: fx.Node, called: Mapping[fx.Node, fx.GraphModule], is_shared: bool) -> Missed | None:
+    """Why the bodies of the call, by the node that reads each, are to stay as they are.
+
+    is_shared: whether a body has more than one name.
+    """
     given = operands(call)
     targets = {reader.target for reader in called}
     uses = [node for node in scope.module.graph.find_nodes(op="get_attr") if node.target in targets]
-    if call.target is torch.ops.higher_order.wrap_with_autocast and call.args[2]:
+    if str(call.target) == "wrap_with_autocast" and call.args[2]:
         reason = "it runs under torch.autocast, which decides in what type to compute"
         return Missed("body", reason, "optimize the model without autocast, in the type that it is to run in")
     count = -1 if given is None or call.kwargs else len(given.varying) + len(given.fixed)
     if any(len(placeholders(body.graph)) != count for body in called.values()):
         return Missed("body", f"it is in a body of {call.target}, and what is passed into that is not understood")
-    if len(uses) != len(called) or any(len(reader.users) != 1 for reader in called):
+    if is_shared or len(uses) != len(called) or any(len(reader.users) != 1 for reader in called):
         return Missed("body", f"the body of {call.target} that it is in has other callers, too")
     if written_operands(call, None):
         return Missed("body", f"the body of {call.target} that it is in writes into what it is given")
