@@ -17,8 +17,10 @@ from nets import lively
 from onnx_models import batch_norm, conv, conv_constants, model, node, op_types
 from rewriting import DOUBLE, applied, evaluate, refused, rewritten
 from torch import nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from fuser import pipeline
+from fuser.graphs.torch.graph import TorchGraph
 
 MERGE = MergeBranches()
 RNG = np.random.default_rng(12)
@@ -425,7 +427,9 @@ def test_hooks() -> None:
 
     module = Watched().eval()
     module.conv.register_forward_hook(lambda *_: None)
-    graph = Traced().build(module, (torch.zeros(1, 4, 8, 8),))
+    traced = torch.fx.symbolic_trace(module)
+    ShapeProp(traced).propagate(torch.zeros(1, 4, 8, 8))  # a hook may return anything; here it is known
+    graph = TorchGraph.from_graph_module(traced)
     assert [remark.code for remark in MERGE.run(graph)] == ["hooks"]
 
 
