@@ -564,6 +564,8 @@ def shared_weights(graph: Graph, op: Op) -> Missed:
 
 def written(graph: Graph, value: Value) -> Missed:
     """Said where a value would be read at another time than it was."""
+    if any(reader.op is not None and reader.op.hooked for reader in graph.readers(value)):
+        return HOOKED  # nothing says that it is written, but for the hook that may do so
     return Missed(
         "written",
         f"{graph.describe(value)} is written in place, so it is not the same at all times",

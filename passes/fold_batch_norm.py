@@ -30,7 +30,10 @@ Refusals:
     shape-mismatch    the numbers of channels disagree
     not-finite        the new constants would not be finite in the type of the weight
     shared-weights    the weight has other readers, and copies were not wanted
-    hooks             user code is attached to the module: a hook, a parametrization, a class of its own
+    hooks             user code is attached to the module: a hook, a replaced method, a parametrization, a class of
+                      its own
+    body              torch: it is in the body of a higher-order operator that is left alone, such as one that runs
+                      under autocast or writes into what it is given
     unsound           the new constants failed a test of one window; a defect here
 """
 

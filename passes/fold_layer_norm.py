@@ -11,7 +11,7 @@ Refusals:
     grows           the readers would have to store more than the normalization frees: a copy of a tied weight, or a
                     bias for a matrix product that has none
     type, not-constant, overridable, axis-mismatch, rank, padding, written, shape-mismatch, not-finite, quantized,
-    hooks, shared-weights, unsound: as for fold-batch-norm
+    hooks, body, shared-weights, unsound: as for fold-batch-norm
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ Refusals:
     written        the input is written in place, so that it is not the same for both branches
     shared-output  the branch that stays is read elsewhere, too
     type, not-constant, overridable, quantized, training-mode, rank, axis-mismatch, shape-mismatch, not-finite,
-    hooks, shared-weights, unsound: as for fold-batch-norm
+    hooks, body, shared-weights, unsound: as for fold-batch-norm
 """
 
 from __future__ import annotations

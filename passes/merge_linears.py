@@ -13,7 +13,7 @@ Refusals:
     grows          the product has more numbers, or more multiplications, than its two factors
     padding        the second one pads with zeros, which the first one would have made something else of
     written        the input of the first one is written in place, so that the second one cannot read it later
-    type, not-constant, overridable, quantized, axis-mismatch, shape-mismatch, not-finite, hooks, unsound: as for
+    type, not-constant, overridable, quantized, axis-mismatch, shape-mismatch, not-finite, hooks, body, unsound: as for
     fold-batch-norm
 """
 
