@@ -226,3 +226,13 @@ def test_torch_promotes() -> None:
     module.register_buffer("one", torch.ones(1, dtype=torch.float64))
     graph = Exported().build(module, (x,))
     assert pipeline.run(graph, [ELIMINATE]).applied == []
+
+
+def test_a_cast_to_the_type_of_another_value() -> None:
+    nodes = [node("Relu", ["x"], ["r"]), node("Sigmoid", ["x"], ["s"]), node("CastLike", ["r", "s"], ["c"])]
+    proto = model([*nodes, node("Add", ["c", "s"])], opset=18)
+    assert op_types(rewritten(proto, ELIMINATE)[1].graph) == ["Relu", "Sigmoid", "Add"]
+    nodes.insert(2, node("Cast", ["s"], ["d"], to=onnx.TensorProto.DOUBLE))
+    nodes[3] = node("CastLike", ["r", "d"], ["c"])
+    proto = model([*nodes, node("Add", ["c", "d"])], opset=18)
+    assert "CastLike" in op_types(rewritten(proto, ELIMINATE)[1].graph)

@@ -13,10 +13,11 @@ from hosts_torch import Decomposed, Exported, Lifted, Traced
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nets import Net
-from onnx_models import conv, model, node, op_types
+from onnx_models import conv, conv_constants, model, node, op_types
 from rewriting import DOUBLE, applied, evaluate, refused, rewritten
 from torch import nn
 
+import fuser
 from fuser import pipeline
 
 FOLD = FoldAffine()
@@ -306,3 +307,10 @@ def test_a_bias_of_zeros_goes() -> None:
     assert op_types(result.graph) == ["MatMul", "Relu"]
     constants["b"][3] = 1
     assert refused(model(nodes, constants=constants), FOLD) == {}  # a bias
+
+
+def test_behind_an_operator_of_which_inference_says_nothing() -> None:
+    nodes = [node("GroupNormalization", ["x", "one", "one"], ["g"], num_groups=2), node("Mul", ["g", "s"], ["c"])]
+    arrays = {**conv_constants(4, 4), "one": np.ones(4, np.float32), "s": np.full((4, 1, 1), 2, np.float32)}
+    proto = model([*nodes, conv("c", "y")], constants=arrays, opset=21, ir_version=10)
+    assert op_types(fuser.optimize(proto, passes=["fold-affine"]).model.graph) == ["GroupNormalization", "Conv"]

@@ -193,7 +193,7 @@ def test_a_target_that_is_known_but_for_the_batch() -> None:
     ("target", "reader", "x"),
     [
         (["n1", "c1", "k"], node("Expand", ["w", "t"]), ("N", 4, 8, 8)),
-        (["n1", "c1", "k"], node("Reshape", ["x", "t"], allowzero=1), ("N", 4, 8, 8)),
+        (["n1", "c1", "all"], node("Reshape", ["x", "t"], allowzero=1), ("N", "C", 8, 8)),
         (["n1", "c1", "n1"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
         (["c1", "n1", "k"], node("Reshape", ["x", "t"]), ("N", "C", 8, 8)),
         (["c1", "n1", "all"], node("Reshape", ["x", "t"]), ("N", 4, 8, 8)),
@@ -217,6 +217,17 @@ def test_a_target_that_says_more_stays(target: list[str], reader: onnx.NodeProto
     del proto.graph.node[-1]
     _, result = rewritten(proto, FOLD)
     assert "t" in [name for one in result.graph.node for name in one.output]
+
+
+@pytest.mark.parametrize("size", [0, 3])
+def test_a_target_without_zeros_where_zeros_are_zeros(size: int) -> None:
+    nodes = [*FLATTEN, node("Concat", ["n1", "k"], ["t"], axis=0), node("Reshape", ["x", "t"], allowzero=1)]
+    proto = model(nodes, constants={**INDICES, "k": np.array([256])}, x=("N", 4, 8, 8))
+    _, result = rewritten(proto, FOLD)
+    assert "Concat" not in op_types(result.graph)
+    x = np.zeros((size, 4, 8, 8), np.float32)
+    shapes = [ReferenceEvaluator(one).run(None, {"x": x})[0].shape for one in (proto, result)]
+    assert shapes == [(size, 256)] * 2
 
 
 def test_sizes_that_the_data_has_at_the_same_place_are_copied() -> None:

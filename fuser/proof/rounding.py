@@ -12,6 +12,8 @@ Array = np.ndarray[Any, Any]
 
 _EVALUATION = 2.0**-44
 """The error of a float64 evaluation of some hundred roundings: what is judged by it is not judged finer."""
+_ROW = 4.0
+"""Roundings by which all weights of a row may be off together: a mean, a variance, a root and a quotient."""
 _SMALL = 16
 """A constant with no more elements, all of them short numbers (1, 0.5, 224), is taken as meant: a size, a factor."""
 
@@ -68,7 +70,13 @@ class Nudge:
         wide = value.astype(np.float64)
         if value.size <= _SMALL and _is_short(wide):
             return wide
-        return self._move(wide, roundoff(value.dtype))
+        moved = self._move(wide, roundoff(value.dtype))
+        if value.ndim < 2 or unit_roundoff(value.dtype) > unit_roundoff(np.float32):
+            return moved
+        # A weight that is computed, as in weight standardization, is off by a factor for each row as well, which no
+        # sum averages away.  In narrow types that would be as large as faults that are to be found.
+        rows = self._rng.uniform(-1, 1, (value.shape[0], *[1] * (value.ndim - 1)))
+        return np.asarray(moved * (1 + _ROW * self._scale * roundoff(value.dtype) * rows))
 
     def cast(self, value: Array, dtype: np.dtype[Any]) -> Array:
         """What a Cast to `dtype` gave (kept in float64), moved by the rounding that was left out."""

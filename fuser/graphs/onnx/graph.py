@@ -69,8 +69,9 @@ from fuser.remarks import Missed
 O = TypeVar("O", bound=Op)  # noqa: E741
 
 KEEPS_RANK = frozenset(
-    "BatchNormalization InstanceNormalization Transpose Identity Dropout Cast Relu LeakyRelu Elu Sigmoid Tanh Clip Abs "
-    "Neg Exp Sqrt Erf Softmax".split()
+    "BatchNormalization InstanceNormalization GroupNormalization LayerNormalization Transpose Identity Dropout Cast "
+    "CastLike Relu LeakyRelu Elu Gelu Sigmoid HardSigmoid HardSwish Tanh Clip Abs Neg Exp Sqrt Erf Softplus Softmax "
+    "LogSoftmax".split()
 )
 """Operators whose output has as many axes as their first operand; inference saw no Reshape that became known since."""
 
@@ -557,10 +558,12 @@ class OnnxGraph:
             return None
         targets: list[Array] = []
         for reader, position in output.uses():
-            if reader.op != "Reshape" or position != 1 or not is_standard(reader) or reader.attrs.get("allowzero"):
+            if reader.op != "Reshape" or position != 1 or not is_standard(reader):
                 return None
             target = self.known.reshape_target(output, reader.inputs[0])
             if target is None or (targets and not np.array_equal(target, targets[0])):
+                return None
+            if reader.attrs.get("allowzero") and not target.all():  # there a 0 copies nothing
                 return None
             targets.append(target)
         return targets[0] if targets else None

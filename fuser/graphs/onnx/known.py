@@ -36,6 +36,11 @@ _FOLDABLE = EVALUABLE | {"Constant"}
 _NEED_A_SHAPE = {"Shape", "Size"}
 """Operators that may be known although their first operand is not."""
 
+_NOT_INFERRED = {"GroupNormalization"}
+"""Operators whose output is shaped as their first operand is, which inference does not say."""
+
+_TOLD = _NOT_INFERRED | {"Reshape"}
+
 SMALL = 1 << 20
 """Computed values up to this many bytes are kept."""
 
@@ -159,8 +164,11 @@ class KnownValues:
         if isinstance(tensor, Constant):
             return tensor.sizes
         inferred = self._inferred_shape(tensor)
-        if through and (node := tensor.producer) is not None and node.op == "Reshape":
-            inferred = self._reshaped(node, inferred, through)
+        if through and (node := tensor.producer) is not None:
+            if node.op == "Reshape":
+                inferred = self._reshaped(node, inferred, through)
+            elif inferred is None and node.op in _NOT_INFERRED and node.inputs and is_standard(node):
+                inferred = self.shape(node.inputs[0], through - 1)
         if inferred is None and tensor.known:
             with contextlib.suppress(CannotEvaluate):
                 return tuple(self.evaluate(tensor).shape)
@@ -381,16 +389,21 @@ class KnownValues:
                 self._classify(node)
 
     def _reshaped_shapes(self, told: Collection[str]) -> dict[str, tuple[int, Shape]]:
-        """What Reshapes of the main graph make, where their targets tell more than inference did; each but once."""
+        """What Reshapes of the main graph make, where their targets tell more than inference did; each but once.
+
+        And what is made by operators of which inference says nothing.
+        """
         main = self._wiring.scopes[0]
         found: dict[str, tuple[int, Shape]] = {}
         for node in self._wiring.order:
-            if node.op != "Reshape" or node.scope is not main or not node.outputs:
+            if node.op not in _TOLD or node.scope is not main or not node.outputs:
                 continue
             output = node.outputs[0]
             if output.name in told:
                 continue
             shape, element_type = self.shape(output), self.element_type(output)
+            if node.op in _NOT_INFERRED and node.inputs:
+                element_type = self.element_type(node.inputs[0])
             if shape and element_type and shape != self._inferred_shape(output) and not output.public:
                 found[output.name] = element_type, shape
         return found

@@ -273,6 +273,13 @@ def _cast(n: NodeReader) -> ops.Op:
     return ops.Identity(n.node, n.output, inner.inputs[0])
 
 
+def _cast_like(n: NodeReader) -> ops.Op:
+    types = {n.graph.element_type(n.required(position)) for position in (0, 1)}
+    if len(types) > 1 or None in types:
+        raise Unreadable
+    return ops.Identity(n.node, n.output, n.required(0))
+
+
 def _is_lossless(narrow: int, wide: int | None) -> bool:
     """Whether every number of one type is one of the other, too."""
     if wide is None or TensorProto.BFLOAT16 in (narrow, wide):
@@ -570,6 +577,7 @@ READERS: dict[str, tuple[type[ops.Op], Callable[[NodeReader], ops.Op]]] = {
     "Identity": (ops.Identity, _identity),
     "Dropout": (ops.Identity, _dropout),
     "Cast": (ops.Identity, _cast),
+    "CastLike": (ops.Identity, _cast_like),
     "Expand": (ops.Identity, _expand),
     "Tile": (ops.Identity, _tile),
     "Slice": (ops.Slice, _slice),
