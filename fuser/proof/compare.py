@@ -169,7 +169,7 @@ class Judge:
         scale = np.where(finite, np.abs(reference), 0.0)
         excess = _excess(error, noise, scale, self.roundoff)
         if (ordinary := _ordinary(scale)) is not None:
-            excess = max(excess, _excess(error * ordinary, noise * ordinary, scale * ordinary, self.roundoff))
+            excess = max(excess, _excess(error[ordinary], noise[ordinary], scale[ordinary], self.roundoff))
         size = float(_rms(np.where(finite, reference, 0.0), tuple(range(reference.ndim))))
         share = float(_rms(noise, tuple(range(noise.ndim)))) / size if size else None
         if excess <= 1:

@@ -29,7 +29,7 @@ Array = np.ndarray[Any, Any]
 KINDS = ("normal", "large", "zeros", "negative", "small", "unit")
 """Standard normal; a hundred times that (eight for 16-bit types); zeros; negative normal; a thousandth; [0, 1).
 
-Integers that index nothing are below 4, below 1000 where they are large, and down to -4 where they are negative.
+Integers that index nothing are below 4, below 300 where they are large, and down to -4 where they are negative.
 """
 
 SIZES = (32, 64, 128, 224, 256, 512, 8, 16, 4, 2, 1, 12, 24, 48, 96, 384, 640, 768, 1024, 4096)
@@ -331,7 +331,7 @@ def _tensor(spec: Spec, shape: tuple[int, ...], kind: str, rng: np.random.Genera
         limits = ml_dtypes.iinfo(dtype)  # type: ignore[no-untyped-call]
         return rng.integers(int(limits.min), int(limits.max) + 1, shape).astype(dtype)
     least = -4 if kind == "negative" and dtype.kind == "i" else 0
-    return rng.integers(least, {"zeros": 1, "large": 1000}.get(kind, 4), shape).astype(dtype)
+    return rng.integers(least, {"zeros": 1, "large": 300}.get(kind, 4), shape).astype(dtype)
 
 
 def _floats(shape: tuple[int, ...], dtype: np.dtype[Any], kind: str, rng: np.random.Generator) -> Array:
