@@ -341,3 +341,39 @@ def test_sizes_that_inference_only_names() -> None:
     tensors = {"shift": np.array([-3]), "zero": np.array([0]), "one": np.array([1])}
     result = applied(model(nodes, x=(2, 7, 3), constants=tensors), FOLD, bound=0)
     assert op_types(result.graph) == ["Slice", "Slice", "Concat"] * 3
+
+
+def test_what_is_behind_a_target_that_became_known() -> None:
+    """Positions are added whose number inference does not know, so heads are split and joined by sizes of run time."""
+    sizes = {"zero": 0, "one": 1}
+    constants = {name: np.array(value) for name, value in sizes.items()}
+    constants |= {f"{name}s": np.array([value]) for name, value in {**sizes, "two": 2, "four": 4, "eight": 8}.items()}
+    nodes = [
+        node("Shape", ["x"], ["xs"]),
+        node("Gather", ["xs", "one"], ["length"], axis=0),
+        node("Range", ["zero", "length", "one"], ["steps"]),
+        node("Cast", ["steps"], ["floats"], to=onnx.TensorProto.FLOAT),
+        node("Unsqueeze", ["floats", "ones"], ["positions"]),
+        node("Add", ["x", "positions"], ["a"]),
+        node("Shape", ["a"], ["s"]),
+        node("Gather", ["s", "zero"], ["n"], axis=0),
+        node("Gather", ["s", "one"], ["m"], axis=0),
+        node("Div", ["m", "one"], ["l"]),
+        node("Unsqueeze", ["n", "zeros"], ["batch"]),
+        node("Unsqueeze", ["l", "zeros"], ["tokens"]),
+        node("Concat", ["batch", "tokens", "twos", "fours"], ["split"], axis=0),
+        node("MatMul", ["a", "w"], ["q"]),
+        node("Reshape", ["q", "split"], ["heads"]),
+        node("Transpose", ["heads"], ["turned"], perm=[0, 2, 1, 3]),
+        node("Softmax", ["turned"], ["r"], axis=2),
+        node("Transpose", ["r"], ["back"], perm=[0, 2, 1, 3]),
+        node("Concat", ["batch", "tokens", "eights"], ["join"], axis=0),
+        node("Reshape", ["back", "join"]),
+    ]
+    proto = model(nodes, constants={**constants, "w": np.eye(8, dtype=np.float32)}, x=("b", "s", 8))
+    result = fuser.optimize(proto, verify=False).model
+    assert "Concat" not in op_types(result.graph)
+    assert not fuser.optimize(result, verify=False).report.applied
+    x = np.random.default_rng(3).standard_normal((2, 5, 8)).astype(np.float32)
+    before, after = (ReferenceEvaluator(one).run(None, {"x": x})[0] for one in (proto, result))  # type: ignore[index]
+    np.testing.assert_array_equal(before, after)

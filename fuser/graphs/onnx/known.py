@@ -69,6 +69,9 @@ class KnownValues:
         self._recent: dict[int, Array] = {}
         self._types: dict[int, tuple[int, Shape | None]] | None = None
         self._trusts_declared = False
+        # What inference was told beside the graph, by name.
+        self._told_sizes: dict[str, Array] = {}
+        self._told_shapes: dict[str, tuple[int, Shape]] = {}
         self._sizes = SizeArithmetic(self.shape, self._small)
         self._sized: dict[int, Node] = {}
         for scope in wiring.scopes:
@@ -81,6 +84,7 @@ class KnownValues:
         for node in wiring.order:
             self._classify(node)
         self._infer_further()
+        self._visible = self._visible_targets()
 
     def value(self, tensor: Tensor) -> Array | Missed:
         """The value, or why it is not known."""
@@ -187,10 +191,29 @@ class KnownValues:
         return tuple(b if isinstance(b, int) or a is None else a for a, b in zip(here, told, strict=True))
 
     def learn(self) -> None:
-        """Look again at what was not known: edits make shapes known, and sizes are made of shapes."""
+        """Look again at what was not known: edits make shapes known, and sizes are made of shapes.
+
+        A Reshape whose target became a constant tells inference of what is behind it.
+        """
+        visible = self._visible_targets()
+        if new := visible - self._visible:
+            self._visible = visible
+            self._told_shapes = {name: told for name, told in self._told_shapes.items() if name not in new}
+            known = self._inferred()
+            self._types = {}
+            self._collect(self._wiring.scopes[0], self._infer(self._told_sizes, self._told_shapes))
+            for key, (element_type, shape) in known.items():
+                now = self._types.get(key, (0, None))
+                self._types[key] = now[0] or element_type, _both(shape, now[1])
         for node in self._wiring.order:
             if not node.erased and not (node.outputs and node.outputs[0].known):
                 self._classify(node)
+
+    def _visible_targets(self) -> set[str]:
+        """The Reshapes of the main graph, by what they make, whose targets inference sees."""
+        main = self._wiring.scopes[0]
+        reshapes = [node for node in self._wiring.of(["Reshape"]) if node.scope is main and len(node.inputs) > 1]
+        return {output.name for node in reshapes for output in node.outputs if isinstance(node.inputs[1], Constant)}
 
     def _target(self, tensor: Tensor) -> Shape | None:
         """What is known of the target of a Reshape."""
@@ -353,9 +376,11 @@ class KnownValues:
         self, sizes: Mapping[str, Array] | None = None, shapes: Mapping[str, tuple[int, Shape]] | None = None
     ) -> GraphProto:
         """The graph with what inference says of its values; see `infer_shapes`."""
-        main, trusts = self._wiring.scopes[0], self._trusts_declared
-        nodes = [node.proto for node in self._wiring.order if node.scope is main and node.proto is not None]
-        seen = for_inference(self._model.proto, nodes, self._silent(), trusts_declared=trusts)
+        main, silent = self._wiring.scopes[0], self._silent()
+        nodes = [export_node(node) for node in self._wiring.order if node.scope is main and not node.erased]
+        stored = [tensor for tensor in main.names.values() if isinstance(tensor, Constant) and tensor.proto is not None]
+        tensors = [t.proto for t in stored if t.name not in silent and t.name not in main.dropped]
+        seen = for_inference(self._model.proto, nodes, tensors, trusts_declared=self._trusts_declared)
         return infer_shapes(seen, sizes, shapes).graph
 
     def _silent(self) -> set[str]:
@@ -382,6 +407,7 @@ class KnownValues:
                 # What is no size is asked only when all else has told what it could: it may be large.
                 new_shapes = new_shapes if new_sizes or new_shapes else self._unknown_shapes(edge)
             if not new_sizes and not new_shapes:
+                self._told_sizes, self._told_shapes = sizes, shapes
                 return
             sizes, shapes = sizes | new_sizes, shapes | new_shapes
             self._collect(self._wiring.scopes[0], self._infer(sizes, shapes))
@@ -401,10 +427,10 @@ class KnownValues:
             output = node.outputs[0]
             if output.name in told:
                 continue
-            shape, element_type = self.shape(output), self.element_type(output)
+            shape, element_type = _lasting(self.shape(output)), self.element_type(output)
             if node.op in _NOT_INFERRED and node.inputs:
                 element_type = self.element_type(node.inputs[0])
-            if shape and element_type and shape != self._inferred_shape(output) and not output.public:
+            if shape and element_type and shape != _lasting(self._inferred_shape(output)) and not output.public:
                 found[output.name] = element_type, shape
         return found
 
@@ -481,6 +507,19 @@ def _trained(model: ModelProto) -> set[str]:
 def _is_proven(shape: Shape | None) -> bool:
     """Whether every size is a number, or has a name that is not one of those that inference invents."""
     return shape is not None and not any(map(is_invented, shape))
+
+
+def _both(before: Shape | None, now: Shape | None) -> Shape | None:
+    """What two inferences say of a value."""
+    kept = _lasting(before)
+    if kept is None or now is None or len(kept) != len(now):
+        return kept if now is None else now
+    return tuple(a if is_invented(b) and a is not None else b for a, b in zip(kept, now, strict=True))
+
+
+def _lasting(shape: Shape | None) -> Shape | None:
+    """Without the names that an inference invented: the next one may give them to other sizes."""
+    return None if shape is None else tuple(None if is_invented(size) else size for size in shape)
 
 
 def _infos(graph: GraphProto) -> Iterator[ValueInfoProto]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import Any
 
@@ -211,12 +211,12 @@ def _size(dim: TensorShapeProto.Dimension) -> int | str | None:
 
 
 def for_inference(
-    model: ModelProto, nodes: Iterable[NodeProto], silent: Collection[str], *, trusts_declared: bool
+    model: ModelProto, nodes: Iterable[NodeProto], initializers: Iterable[TensorProto], *, trusts_declared: bool
 ) -> ModelProto:
     """A copy of the model as inference is to see it.
 
-    nodes: those of the main graph, each made before it is read, as inference goes through them once.
-    silent: initializers that it need not see.
+    nodes, initializers: those of the main graph as they are now; each node made before it is read, as inference goes
+        through them once.
     trusts_declared: whether what is declared of values other than inputs is believed; but for names of sizes that may
         not be true: those of outputs are given by people, and runtimes only warn where they are not true.
 
@@ -226,7 +226,7 @@ def for_inference(
     graph, source = seen.graph, model.graph
     graph.name = source.name
     graph.node.extend(nodes)
-    graph.initializer.extend([tensor for tensor in source.initializer if tensor.name not in silent])
+    graph.initializer.extend(initializers)
     graph.sparse_initializer.extend(source.sparse_initializer)
     graph.input.extend(source.input)
     graph.output.extend(source.output)
