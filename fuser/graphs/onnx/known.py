@@ -378,8 +378,8 @@ class KnownValues:
         """The graph with what inference says of its values; see `infer_shapes`."""
         main, silent = self._wiring.scopes[0], self._silent()
         nodes = [export_node(node) for node in self._wiring.order if node.scope is main and not node.erased]
-        stored = [tensor for tensor in main.names.values() if isinstance(tensor, Constant) and tensor.proto is not None]
-        tensors = [t.proto for t in stored if t.name not in silent and t.name not in main.dropped]
+        stored = [t for name, t in main.names.items() if name not in silent and name not in main.dropped]
+        tensors = [t.proto for t in stored if isinstance(t, Constant) and isinstance(t.proto, TensorProto)]
         seen = for_inference(self._model.proto, nodes, tensors, trusts_declared=self._trusts_declared)
         return infer_shapes(seen, sizes, shapes).graph
 
