@@ -191,6 +191,10 @@ def test_a_nudge_is_at_most_one_rounding_and_leaves_sizes_alone() -> None:
     relative = np.abs(moved / values.astype(np.float64) - 1)
     assert 0 < relative.max() <= unit_roundoff(np.float16) and relative.mean() > unit_roundoff(np.float16) / 4
     assert np.array_equal(Nudge(1).constant(values), moved) and not np.array_equal(Nudge(2).constant(values), moved)
+    wide, half = RNG.standard_normal((6, 500)).astype(np.float32), RNG.standard_normal((6, 500)).astype(np.float16)
+    rows = np.mean(Nudge(1).constant(wide) / wide.astype(np.float64) - 1, axis=1)
+    assert np.abs(rows).max() > U / 2 and np.abs(rows).max() <= 4.5 * U  # a row is off as a whole
+    assert np.abs(Nudge(1).constant(half) / half.astype(np.float64) - 1).max() <= unit_roundoff(np.float16)
     sizes = np.array([1, 1, 2.0, 224], np.float32)
     assert np.array_equal(Nudge(1).constant(sizes), sizes)
     assert not np.array_equal(Nudge(1).constant(np.array([0.1], np.float32)), np.array([0.1], np.float32))

@@ -283,7 +283,7 @@ def test_a_nudge_moves_constants_by_a_rounding_but_no_sizes(tmp_path: Path) -> N
     model = one_node("MatMul", x, w)
     (truth,) = run(tmp_path, model, x)
     (moved,) = run(tmp_path, model, x, nudge=1)
-    assert 0 < np.abs(moved - truth).max() <= 2**-24 * (np.abs(x) @ np.abs(w)).max()
+    assert 0 < np.abs(moved - truth).max() <= 5.001 * 2**-24 * (np.abs(x) @ np.abs(w)).max()  # one, and four of its row
     grown = np.array([1, 1, 1.3333334, 1.7], np.float32)
     image = normal(1, 1, 6, 10)
     model = helper.make_model(
