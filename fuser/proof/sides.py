@@ -143,14 +143,13 @@ class OnnxSide:
         """See `Side.is_random`: without a seed of its own."""
         proto = self.model.proto
         nodes = [node for graph in (proto.graph, *proto.functions) for node in _nodes(graph)]
-        return any(all(a.name != "seed" for a in node.attribute) and self._draws(node, nodes) for node in nodes)
-
-    def _draws(self, node: onnx.NodeProto, nodes: Sequence[onnx.NodeProto]) -> bool:
-        if node.op_type != "Dropout" or len(node.input) < 3 or not node.input[2]:
-            return node.op_type in _RANDOM
-        stored = [tensor for tensor in self.model.proto.graph.initializer if tensor.name == node.input[2]]
-        stored += [a.t for n in nodes if node.input[2] in n.output for a in n.attribute if a.name == "value"]
-        return not stored or bool(self.model.array(stored[0]).any())  # its training_mode
+        unseeded = [node for node in nodes if all(attribute.name != "seed" for attribute in node.attribute)]
+        if any(node.op_type in _RANDOM for node in unseeded):
+            return True
+        modes = {node.input[2] for node in unseeded if node.op_type == "Dropout" and len(node.input) > 2} - {""}
+        stored = {name: a.t for node in nodes for a in node.attribute if a.name == "value" for name in node.output}
+        stored |= {tensor.name: tensor for tensor in proto.graph.initializer}
+        return any(mode not in stored or self.model.array(stored[mode]).any() for mode in modes)
 
     def lost_by(self, after: Any) -> list[str]:
         """See `Side.lost_by`."""

@@ -205,7 +205,7 @@ def _other_sizes(
 ) -> list[tuple[str, list[tuple[int, ...]]]]:
     """Shapes of all inputs where each size that the program leaves open is another one than in the examples; in words.
 
-    None where nothing is open, or sizes depend on each other in ways that leave nothing else.
+    Nothing where no size is open, or they depend on each other in ways that leave no others.
     """
     placeholders = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     values = [placeholders.get(name) for name in program.graph_signature.user_inputs if isinstance(name, str)]
@@ -222,9 +222,11 @@ def _other_sizes(
         ranges = program.range_constraints
         if not sizes or any(size < 1 or s not in ranges or size not in ranges[s] for s, size in sizes.items()):
             continue
-        told = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
-        found.append((f"normal ({told})", [tuple(_size(dim, sizes) for dim in shape) for shape in shapes]))
-    return [(label, shapes) for label, shapes in found if min(size for shape in shapes for size in shape) > 0]
+        others = [tuple(_size(dim, sizes) for dim in shape) for shape in shapes]
+        if all(size > 0 for shape in others for size in shape):
+            told = ", ".join(f"{symbol}={size}" for symbol, size in sizes.items())
+            found.append((f"normal ({told})", others))
+    return found
 
 
 def _size(dim: Any, sizes: Mapping[Any, int]) -> int:

@@ -165,8 +165,7 @@ class Constant(Tensor, gs.Constant):  # type: ignore[misc]
 
     def __init__(self, proto: TensorProto | SparseTensorProto) -> None:
         is_dense = isinstance(proto, TensorProto)
-        self.name = proto.name if is_dense else proto.values.name
-        self.slots = {}
+        super().__init__(proto.name if is_dense else proto.values.name)
         self.proto = proto if is_dense else None
         self.sizes = tuple(proto.dims[:])
 

@@ -40,6 +40,7 @@ _NOT_INFERRED = {"GroupNormalization"}
 """Operators whose output is shaped as their first operand is, which inference does not say."""
 
 _TOLD = _NOT_INFERRED | {"Reshape"}
+"""Operators of whose output more may be known here than inference says."""
 
 SMALL = 1 << 20
 """Computed values up to this many bytes are kept."""

@@ -63,7 +63,7 @@ class Wiring:
 
     def is_read(self, node: Node) -> bool:
         """Whether anybody reads an output of the node."""
-        return any(output.slots or output.public for output in node.outputs)
+        return any(output.is_needed for output in node.outputs)
 
     def of(self, operators: Iterable[str]) -> Iterator[Node]:
         """The living nodes that were of these operators when the graph was last settled, in order.
